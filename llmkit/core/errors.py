@@ -6,7 +6,7 @@
 __all__ = ['LLMKitError', 'ConfigError', 'DataError', 'ModelError', 'RunError', 'ServiceError', 'MissingError', 'GateError',
            'require']
 
-# %% ../../nbs/core/00_errors.ipynb #4bfda095
+# %% ../../nbs/core/00_errors.ipynb #c54b49f2
 class LLMKitError(Exception):
     "Base of all errors that llmkit raises on purpose; `str` gives the message and the hint in one line."
 
@@ -23,41 +23,41 @@ class LLMKitError(Exception):
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
-# %% ../../nbs/core/00_errors.ipynb #ca9516fb
+# %% ../../nbs/core/00_errors.ipynb #64aa3a47
 class ConfigError(LLMKitError):
     "A setting or parameter is unknown, ill-typed or out of range."
 
-# %% ../../nbs/core/00_errors.ipynb #ce3277b0
+# %% ../../nbs/core/00_errors.ipynb #538ab3c1
 class DataError(LLMKitError):
     "Input data is missing, unreadable or too little."
 
-# %% ../../nbs/core/00_errors.ipynb #9359c247
+# %% ../../nbs/core/00_errors.ipynb #8921ab34
 class ModelError(LLMKitError):
     "A model folder is incomplete, unsafe or does not fit."
 
-# %% ../../nbs/core/00_errors.ipynb #b5c7babf
+# %% ../../nbs/core/00_errors.ipynb #999868b2
 class RunError(LLMKitError):
     "A run folder is held by another process, or a stage was killed or failed."
 
-# %% ../../nbs/core/00_errors.ipynb #38a4d532
+# %% ../../nbs/core/00_errors.ipynb #32dc5a98
 class ServiceError(LLMKitError):
     "A server or another process does not answer as it should."
 
-# %% ../../nbs/core/00_errors.ipynb #9d37445e
+# %% ../../nbs/core/00_errors.ipynb #b363164f
 class MissingError(LLMKitError):
     "Something this machine lacks (a package, an engine, an accelerator) is needed."
 
-# %% ../../nbs/core/00_errors.ipynb #81fe27cb
+# %% ../../nbs/core/00_errors.ipynb #42629d8b
 class GateError(LLMKitError):
     "A measured number missed its bound."
 
     exit_code = 1
 
-# %% ../../nbs/core/00_errors.ipynb #eaa0b543
+# %% ../../nbs/core/00_errors.ipynb #4caed9b2
 from importlib import import_module
 from types import ModuleType
 
-# %% ../../nbs/core/00_errors.ipynb #efe0a2b8
+# %% ../../nbs/core/00_errors.ipynb #e5efcb37
 def require(
     module: str,  # dotted name to import
     extra: str,  # the llmkit extra that brings it
