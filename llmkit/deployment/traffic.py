@@ -80,6 +80,8 @@ def timed(work: Callable[[Reply], None], session: str) -> Reply:
         work(reply)
     except OpenAIError as e:
         reply.error = f"{type(e).__name__}: {e}"
+        headers = getattr(getattr(e, "response", None), "headers", {})  # a refusal, too, says who refused
+        reply.id, reply.revision = headers.get("x-request-id", ""), headers.get("x-llmkit-revision", "")
     reply.latency_s = time.perf_counter() - start
     return reply
 
