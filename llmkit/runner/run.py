@@ -9,6 +9,7 @@ import fcntl
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -65,6 +66,7 @@ def end_leftover(folder: str | Path) -> bool:
 
 # %% ../../nbs/runner/02_run.ipynb #79683a67
 def kernel_manager(
+    folder: str,  # private and short-lived: the kernel's sockets lie in it
     env: dict[str, str],  # added to this process's environment
     started: Callable[[int], None],  # called with the kernel's process id, which leads its group
 ) -> type:
@@ -80,7 +82,8 @@ def kernel_manager(
             return KernelSpec(argv=argv, display_name="job", language="python")
 
         async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
-            self.transport = "ipc"  # sockets in our own temporary folder: nobody else on this machine can connect
+            # Sockets in our own folder: no port to collide on, and nobody else on this machine can connect.
+            self.transport, self.connection_file, self.ip = "ipc", f"{folder}/kernel.json", f"{folder}/k"
             await super().start_kernel(**kwargs | {"env": os.environ | env})
             started(self.provisioner.pid)  # type: ignore[union-attr]
 
@@ -138,10 +141,10 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         for pid in pids:
             kill_group(pid)
 
-    options: dict[str, Any] = {"kernel_manager_class": kernel_manager(env, started), "kernel_name": "python3"}
     try:
-        with interruptible(stop):
-            papermill.execute_notebook(notebook, executed, params, progress_bar=False, **options)
+        with tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets, interruptible(stop):
+            kernel: Any = {"kernel_manager_class": kernel_manager(sockets, env, started), "kernel_name": "python3"}
+            papermill.execute_notebook(notebook, executed, params, progress_bar=False, **kernel)
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except DeadKernelError as e:
