@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Models', 'Weights', 'Key', 'KeyFile', 'AdminKey', 'Hidden', 'serve']
 
-# %% ../../nbs/cli/02_serve.ipynb #0607ad2f
+# %% ../../nbs/cli/02_serve.ipynb #b979b1dc
 from typing import Annotated
 
 import typer
 
-# %% ../../nbs/cli/02_serve.ipynb #01326829
+# %% ../../nbs/cli/02_serve.ipynb #2c63f296
 Models = Annotated[list[str], typer.Argument(help="NAME=FOLDER or FOLDER of each model", show_default=False)]
 Weights = Annotated[list[str] | None, typer.Option("--weight", help="NAME=SHARE of the alias; they sum to 1")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_API_KEY", help="API keys, commas between them", show_envvar=True)]
@@ -18,7 +18,7 @@ KeyFile = Annotated[str, typer.Option(envvar="LLMKIT_API_KEY_FILE", help="a file
 AdminKey = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="opens /admin; made and printed if empty")]
 Hidden = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 
-# %% ../../nbs/cli/02_serve.ipynb #6c691a40
+# %% ../../nbs/cli/02_serve.ipynb #3d882a5c
 def serve(
     models: Models,
     alias: Annotated[str, typer.Option(help="the name that clients ask for")] = "llmkit",
