@@ -143,7 +143,9 @@ def notebooks(parts: list[str]) -> list[Path]:
 def main() -> int:
     """Execute the notebooks and print seconds and failures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART_OF_PATH", help="only notebooks whose path contains one of them")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART_OF_PATH", help="only notebooks whose path contains one of them"
+    )
     parser.add_argument("-j", "--jobs", type=int, default=2, help="notebooks at a time (2)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one notebook (300)")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
@@ -156,7 +158,9 @@ def main() -> int:
     # Two at a time share the cores; numeric libraries that each take all of them only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ThreadPoolExecutor(args.jobs) as pool:
-        for path, (passed, seconds, output) in zip(paths, pool.map(lambda p: test(p, args.timeout), paths), strict=True):
+        for path, (passed, seconds, output) in zip(
+            paths, pool.map(lambda p: test(p, args.timeout), paths), strict=True
+        ):
             print(f"{'ok    ' if passed else 'FAILED'} {seconds:6.1f} s  {path.relative_to(ROOT)}", flush=True)
             if not passed:
                 failed.append(path)

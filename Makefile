@@ -1,0 +1,91 @@
+# llmkit: what a person does with this repository. `make help` lists it.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_VERSION := 26.0.1
+INSTALLED := $(VENV)/.installed
+RUN ?= runs/quickstart
+ARGS ?=
+JOBS ?= 2
+COVERAGE ?= 80
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-notebooks test-python coverage check format lab demo bench soak hooks lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# The stamp is newer than what it was made from, or the environment is brought up to date.
+$(INSTALLED): requirements.txt setup.py settings.ini
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "error: $(PYTHON) is not Python 3.11; call make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check pip==$(PIP_VERSION)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+install: $(INSTALLED) ## Create .venv and install the lock and llmkit into it
+
+quickstart: $(INSTALLED) ## Run the whole line, ending with a report (ARGS="--resume", ARGS="--data FILE...")
+	@$(BIN)/llmkit quickstart --out $(RUN) $(ARGS)
+
+test: $(INSTALLED) ## Run all notebooks and tests, with the coverage of llmkit/ over both
+	@$(BIN)/coverage erase
+	@status=0; \
+	$(MAKE) --no-print-directory test-notebooks || status=1; \
+	$(MAKE) --no-print-directory test-python || status=1; \
+	$(MAKE) --no-print-directory coverage || status=1; \
+	if [ -f .pytest-summary ]; then cat .pytest-summary; rm -f .pytest-summary; fi; \
+	exit $$status
+
+test-notebooks:
+	@$(BIN)/coverage run tools/nbtest.py -j $(JOBS)
+
+test-python:
+	@rm -f .pytest-summary
+	@set -o pipefail; $(BIN)/coverage run -m pytest | tee .pytest-log; status=$$?; \
+	tail -n 1 .pytest-log > .pytest-summary; rm -f .pytest-log; exit $$status
+
+coverage:
+	@$(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=$(COVERAGE)
+
+check: $(INSTALLED) ## Format, lint, types, and package and README in sync with the notebooks
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy llmkit
+	@$(BIN)/python tools/sync.py
+
+format: $(INSTALLED) ## Bring all of that in order
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/nbdev_clean
+	@$(BIN)/nbdev_export
+	@$(BIN)/python tools/readme.py
+
+lab: $(INSTALLED) ## Open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab nbs
+
+demo: $(INSTALLED) ## Open a chat over the model of the last quickstart
+	@$(BIN)/llmkit demo $(ARGS)
+
+bench: $(INSTALLED) ## Run the benchmark notebooks, each into runs/bench/
+	@shopt -s nullglob; books=(nbs/benchmarks/*.ipynb); \
+	test $${#books[@]} -gt 0 || echo "nbs/benchmarks holds no notebook yet"; \
+	for book in "$${books[@]}"; do $(BIN)/llmkit run $$book --out runs/bench/$$(basename $$book .ipynb) || exit; done
+
+soak: $(INSTALLED) ## Run the tests that take over a minute
+	@$(BIN)/python -m pytest -m soak --timeout 3600
+
+hooks: $(INSTALLED) ## Install git hooks: nbdev's for merging and cleaning notebooks, pre-commit's for the checks
+	@$(BIN)/nbdev_install_hooks
+	@$(BIN)/pre-commit install
+
+lock: $(INSTALLED) ## Write requirements.txt from what is installed in .venv
+	@$(BIN)/python tools/lock.py
+
+clean: ## Remove what can be made again; .venv and runs/ stay
+	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache _docs _proc *.egg-info
+	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
