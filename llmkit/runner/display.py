@@ -5,6 +5,7 @@
 # %% ../../nbs/runner/02a_display.ipynb #fb833c65
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from ..core.progress import latest
 Status = Literal["waiting", "running", "finished", "kept", "failed", "skipped"]
 
 # %% auto #0
-__all__ = ['Status', 'MARKS', 'clock', 'phrase', 'Row', 'draw', 'Display']
+__all__ = ['Status', 'MARKS', 'clock', 'phrase', 'Row', 'draw', 'live_table', 'say', 'narrate', 'Display']
 
 # %% ../../nbs/runner/02a_display.ipynb #b06b9219
 def clock(seconds: float) -> str:
@@ -99,60 +100,56 @@ def draw(rows: list[Row]) -> Any:
     table.add_row("", "[bold]all[/]", "", "", f"[bold]{clock(all_took)}[/]", left)
     return table
 
+# %% ../../nbs/runner/02a_display.ipynb #b8f7bc11
+def live_table(rows: list[Row]) -> Any:
+    "A context in which the table is redrawn several times a second."
+    from rich.live import Live
+
+    return Live(get_renderable=lambda: draw(rows), refresh_per_second=4)
+
+# %% ../../nbs/runner/02a_display.ipynb #9af73077
+def say(rows: list[Row], row: Row, text: str) -> None:
+    "Print a plain line about one of the stages."
+    print(f"[{rows.index(row) + 1}/{len(rows)}] {row.name}: {text}", flush=True)
+
+# %% ../../nbs/runner/02a_display.ipynb #4903b056
+def narrate(rows: list[Row], over: threading.Event, every: float) -> None:
+    "Print a line about the running stage `every` seconds, until `over`."
+    while not over.wait(every):
+        for row in rows:
+            if row.status == "running" and (words := phrase(row.progress())):
+                say(rows, row, f"{words}, {clock(row.elapsed)}, about {clock(row.left())} left")
+
 # %% ../../nbs/runner/02a_display.ipynb #3b8d64e0
 class Display:
-    "Shows stages while they run: `start`, then `end`, within `with`."
+    "Shows stages while they run, within `with`: `budgets` are their seconds, `live` None asks for a terminal."
 
-    def __init__(
-        self,
-        budgets: dict[str, float],  # seconds that each stage is meant to take, by its name, in order
-        live: bool | None = None,  # redraw a table; None asks whether stdout is a terminal
-        every: float = 10.0,  # seconds between two plain lines
-    ) -> None:
+    def __init__(self, budgets: dict[str, float], live: bool | None = None, every: float = 10.0) -> None:
         self.rows = [Row(name, budget) for name, budget in budgets.items()]
-        self.live_wanted = sys.stdout.isatty() if live is None else live
-        self.every, self.over = every, threading.Event()
-        self.live: Any = None
+        self.is_live = sys.stdout.isatty() if live is None else live
+        self.every, self.over, self.table = every, threading.Event(), contextlib.ExitStack()
 
     def __enter__(self) -> Display:
-        if self.live_wanted:
-            from rich.live import Live
-
-            self.live = Live(get_renderable=lambda: draw(self.rows), refresh_per_second=4)
-            self.live.start()
+        if self.is_live:
+            self.table.enter_context(live_table(self.rows))
         else:
-            threading.Thread(target=self.tell, daemon=True).start()
+            threading.Thread(target=narrate, args=(self.rows, self.over, self.every), daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.over.set()
-        if self.live:
-            self.live.stop()
-
-    def row(self, name: str) -> Row:
-        "The row of stage `name`."
-        return next(r for r in self.rows if r.name == name)
-
-    def say(self, row: Row, text: str) -> None:
-        "Print a plain line about a stage, unless the table is live."
-        if not self.live:
-            print(f"[{self.rows.index(row) + 1}/{len(self.rows)}] {row.name}: {text}", flush=True)
+        self.table.close()
 
     def start(self, name: str, file: Path | None = None) -> None:
         "Stage `name` starts and writes its progress to `file`."
-        row = self.row(name)
+        row = next(r for r in self.rows if r.name == name)
         row.status, row.started, row.file, row.first = "running", time.time(), file, None
-        self.say(row, f"started (budget {clock(row.budget_s)})" if row.budget_s else "started")
+        if not self.is_live:
+            say(self.rows, row, f"started (budget {clock(row.budget_s)})" if row.budget_s else "started")
 
     def end(self, name: str, status: Status, seconds: float | None = None) -> None:
         "Stage `name` ended; `seconds` defaults to the time since its start."
-        row = self.row(name)
+        row = next(r for r in self.rows if r.name == name)
         row.status, row.seconds = status, row.elapsed if seconds is None else seconds
-        self.say(row, f"{status}, {clock(row.seconds)}")
-
-    def tell(self) -> None:
-        "Print a line about the running stage every few seconds; runs in a thread."
-        while not self.over.wait(self.every):
-            for row in self.rows:
-                if row.status == "running" and (words := phrase(row.progress())):
-                    self.say(row, f"{words}, {clock(row.elapsed)}, about {clock(row.left())} left")
+        if not self.is_live:
+            say(self.rows, row, f"{status}, {clock(row.seconds)}")

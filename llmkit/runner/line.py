@@ -22,7 +22,8 @@ from .display import Display
 from .run import end_leftover, interruptible, locked, run_job
 
 # %% auto #0
-__all__ = ['Results', 'Stage', 'vet', 'load_state', 'same', 'Tracker', 'tracking', 'Interrupted', 'unwinding', 'Line']
+__all__ = ['Results', 'Stage', 'vet', 'load_state', 'same', 'Tracker', 'tracking', 'Interrupted', 'unwinding', 'Line', 'portable',
+           'mark', 'keep', 'clear', 'step', 'walk']
 
 # %% ../../nbs/runner/03_line.ipynb #b60371eb
 @dataclass
@@ -155,12 +156,12 @@ def unwinding(out: Path, line: str, fresh: bool) -> Iterator[None]:
 # %% ../../nbs/runner/03_line.ipynb #3b18fbee
 @dataclass
 class Line:
-    "Stages in order, in one folder."
+    "Stages in order, in one folder; `run` runs or continues them."
 
     name: str
     stages: list[Stage]
     out: Path
-    params: dict[str, Any]  # what the folder is made with; a resume must bring the same
+    params: dict[str, Any]
 
     def __post_init__(self) -> None:
         self.out = Path(self.out).resolve()
@@ -172,79 +173,6 @@ class Line:
         "The run folder of a stage: `NN_name`."
         return self.out / f"{self.stages.index(stage) + 1:02d}_{stage.name}"
 
-    def made_with(self, stage: Stage) -> dict[str, Any]:
-        "A stage's parameters as plain JSON values."
-        return json.loads(json.dumps(plain(stage.params(self.results))))
-
-    def portable(self, params: dict[str, Any]) -> dict[str, Any]:
-        "`params` with the line's folder as `{out}`, so that a moved folder is still the same run."
-        return json.loads(json.dumps(params).replace(json.dumps(str(self.out))[1:-1], "{out}"))
-
-    def mark(self, stage: Stage, status: str, seconds: float, params: dict[str, Any]) -> None:
-        "Write into `state.json` how a stage stands."
-        row = {
-            "status": status,
-            "seconds": round(seconds, 2),
-            "budget_s": stage.budget_s,
-            "params": self.portable(params),
-        }
-        self.state["stages"][stage.name] = row | {"folder": self.folder(stage).name}
-        write_json(self.out / "state.json", self.state)
-
-    def keep(self, stage: Stage, params: dict[str, Any], display: Display) -> bool:
-        "Take a finished stage over, if it is one."
-        row = self.state["stages"].get(stage.name, {})
-        if row.get("status") != "finished":
-            return False
-        same(f"{self.folder(stage)}", row["params"], self.portable(params))
-        display.end(stage.name, "kept", row["seconds"])
-        return True
-
-    def clear(self, stage: Stage) -> None:
-        "Remove what a killed attempt left, or hand it to a stage that resumes by itself."
-        folder = self.folder(stage)
-        if folder.exists():
-            end_leftover(folder)
-            (folder / "result.json").unlink(missing_ok=True)
-            if not stage.resumes:
-                shutil.rmtree(folder)
-
-    def step(self, stage: Stage, params: dict[str, Any], tracker: Tracker, display: Display) -> None:
-        "Run one stage and record it, whether it finished or missed its gate."
-        self.clear(stage)
-        folder, started, status = self.folder(stage), time.time(), "running"
-        self.mark(stage, status, 0.0, params)
-        display.start(stage.name, folder / "progress.jsonl")
-        try:
-            run_job(stage.notebook, folder, params)
-            status = "finished"
-        except BaseException as e:  # also Ctrl-C: the state must say how far the line came, and the error goes on
-            status = "gate_failed" if isinstance(e, GateError) else "failed"
-            raise
-        finally:
-            if status != "failed" and (folder / "result.json").exists():
-                self.state["parent_run"] = tracker.log(folder)
-            self.mark(stage, status, time.time() - started, params)
-            display.end(stage.name, "finished" if status == "finished" else "failed")
-
-    def walk(self, tracker: Tracker, display: Display) -> None:
-        "Run or keep every stage; after a missed gate only those that always run, then raise it."
-        missed, kept = None, True
-        for stage in self.stages:
-            if missed and not stage.always:
-                display.end(stage.name, "skipped", 0.0)
-                continue
-            params = self.made_with(stage)
-            kept = kept and self.keep(stage, params, display)
-            try:
-                if not kept:
-                    self.step(stage, params, tracker, display)
-            except GateError as e:
-                missed = e
-            self.results.folders[stage.name] = self.folder(stage)
-        if missed:
-            raise missed
-
     def run(self, resume: bool = False, display: Display | None = None) -> Results:
         "Run the line, or continue it; raises the first error, and `GateError` after the report is written."
         vet(self.out, resume)
@@ -255,5 +183,75 @@ class Line:
             self.state = load_state(self.out, self.name, self.params)
             write_json(self.out / "state.json", self.state)
             with tracking(self.out, self.name, self.state["parent_run"]) as tracker, display:
-                self.walk(tracker, display)
+                walk(self, tracker, display)
         return self.results
+
+# %% ../../nbs/runner/03_line.ipynb #989546d9
+def portable(params: dict[str, Any], out: Path) -> dict[str, Any]:
+    "`params` with the line's folder as `{out}`."
+    return json.loads(json.dumps(params).replace(json.dumps(str(out))[1:-1], "{out}"))
+
+# %% ../../nbs/runner/03_line.ipynb #9b32ff41
+def mark(line: Line, stage: Stage, status: str, seconds: float, params: dict[str, Any]) -> None:
+    "Write into `state.json` how a stage stands."
+    row = {"status": status, "seconds": round(seconds, 2), "budget_s": stage.budget_s}
+    row |= {"folder": line.folder(stage).name, "params": portable(params, line.out)}
+    line.state["stages"][stage.name] = row
+    write_json(line.out / "state.json", line.state)
+
+# %% ../../nbs/runner/03_line.ipynb #963e0df9
+def keep(line: Line, stage: Stage, params: dict[str, Any], display: Display) -> bool:
+    "Take a finished stage over, if it is one; `RunError` if it was made with other parameters."
+    row = line.state["stages"].get(stage.name, {})
+    if row.get("status") != "finished":
+        return False
+    same(str(line.folder(stage)), row["params"], portable(params, line.out))
+    display.end(stage.name, "kept", row["seconds"])
+    return True
+
+# %% ../../nbs/runner/03_line.ipynb #759aa268
+def clear(folder: Path, resumes: bool) -> None:
+    "Remove what a killed attempt left in `folder`, or ready it for a stage that resumes by itself."
+    if folder.exists():
+        end_leftover(folder)
+        (folder / "result.json").unlink(missing_ok=True)
+        if not resumes:
+            shutil.rmtree(folder)
+
+# %% ../../nbs/runner/03_line.ipynb #e3b57510
+def step(line: Line, stage: Stage, params: dict[str, Any], tracker: Tracker, display: Display) -> None:
+    "Run one stage and record it, whether it finished or missed its gate."
+    folder, started, status = line.folder(stage), time.time(), "failed"
+    clear(folder, stage.resumes)
+    mark(line, stage, "running", 0.0, params)
+    display.start(stage.name, folder / "progress.jsonl")
+    try:
+        run_job(stage.notebook, folder, params)
+        status = "finished"
+    except GateError:
+        status = "gate_failed"
+        raise
+    finally:  # also after Ctrl-C: the state must say how far the line came
+        if status != "failed" and (folder / "result.json").exists():
+            line.state["parent_run"] = tracker.log(folder)
+        mark(line, stage, status, time.time() - started, params)
+        display.end(stage.name, "finished" if status == "finished" else "failed")
+
+# %% ../../nbs/runner/03_line.ipynb #6e47e66f
+def walk(line: Line, tracker: Tracker, display: Display) -> None:
+    "Run or keep every stage; after a missed gate only those that always run, then raise it."
+    missed, kept = None, True
+    for stage in line.stages:
+        if missed and not stage.always:
+            display.end(stage.name, "skipped", 0.0)
+            continue
+        params = json.loads(json.dumps(plain(stage.params(line.results))))
+        kept = kept and keep(line, stage, params, display)
+        try:
+            if not kept:
+                step(line, stage, params, tracker, display)
+        except GateError as e:
+            missed = e
+        line.results.folders[stage.name] = line.folder(stage)
+    if missed:
+        raise missed

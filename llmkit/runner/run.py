@@ -67,6 +67,7 @@ def end_leftover(folder: str | Path) -> bool:
 # %% ../../nbs/runner/02_run.ipynb #79683a67
 def kernel_manager(
     folder: str,  # private and short-lived: the kernel's sockets lie in it
+    log: Path,  # what the kernel and its children print beside the notebook
     env: dict[str, str],  # added to this process's environment
     started: Callable[[int], None],  # called with the kernel's process id, which leads its group
 ) -> type:
@@ -84,7 +85,8 @@ def kernel_manager(
         async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
             # Sockets in our own folder: no port to collide on, and nobody else on this machine can connect.
             self.transport, self.connection_file, self.ip = "ipc", f"{folder}/kernel.json", f"{folder}/k"
-            await super().start_kernel(**kwargs | {"env": os.environ | env})
+            with open(log, "ab") as f:  # it would garble the display, and belongs to the run
+                await super().start_kernel(**kwargs | {"env": os.environ | env, "stdout": f, "stderr": f})
             started(self.provisioner.pid)  # type: ignore[union-attr]
 
     return JobKernel
@@ -126,7 +128,6 @@ def job_error(job: str, name: str, text: str, notebook: Path) -> LLMKitError:
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     record = executed.parent / ".kernel.json"
     pids: list[int] = []
@@ -143,12 +144,13 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
 
     try:
         with tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets, interruptible(stop):
-            kernel: Any = {"kernel_manager_class": kernel_manager(sockets, env, started), "kernel_name": "python3"}
-            papermill.execute_notebook(notebook, executed, params, progress_bar=False, **kernel)
+            kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
+            options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3"}
+            papermill.execute_notebook(notebook, executed, params, progress_bar=False, **options)
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
-    except DeadKernelError as e:
-        hint = f"out of memory, or killed from outside; {executed} shows how far it came"
+    except RuntimeError as e:  # nbclient's: the kernel died, or never answered
+        hint = f"out of memory, or killed from outside; see {executed.parent / 'kernel.log'}"
         raise RunError(f"the kernel of {notebook.stem} died", hint) from e
     finally:
         stop()
