@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Models', 'Weights', 'Key', 'KeyFile', 'AdminKey', 'Hidden', 'serve']
 
-# %% ../../nbs/cli/02_serve.ipynb #b979b1dc
-from typing import Annotated
+# %% ../../nbs/cli/02_serve.ipynb #31b8ee56
+from typing import Annotated, Any
 
 import typer
 
-# %% ../../nbs/cli/02_serve.ipynb #2c63f296
+# %% ../../nbs/cli/02_serve.ipynb #f8a46deb
 Models = Annotated[list[str], typer.Argument(help="NAME=FOLDER or FOLDER of each model", show_default=False)]
 Weights = Annotated[list[str] | None, typer.Option("--weight", help="NAME=SHARE of the alias; they sum to 1")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_API_KEY", help="API keys, commas between them", show_envvar=True)]
@@ -18,7 +18,7 @@ KeyFile = Annotated[str, typer.Option(envvar="LLMKIT_API_KEY_FILE", help="a file
 AdminKey = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="opens /admin; made and printed if empty")]
 Hidden = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 
-# %% ../../nbs/cli/02_serve.ipynb #3d882a5c
+# %% ../../nbs/cli/02_serve.ipynb #b7671110
 def serve(
     models: Models,
     alias: Annotated[str, typer.Option(help="the name that clients ask for")] = "llmkit",
@@ -43,8 +43,9 @@ def serve(
     from llmkit.serving.config import ServeConfig, parse_models, parse_weights
     from llmkit.serving.server import run_server
 
-    where = {"host": host, "port": port, "log": log, "log_text": log_text, "exit_with_stdin": exit_with_stdin}
-    keys = {"api_keys": api_key, "api_key_file": api_key_file, "admin_key": admin_key}
-    engine = {"variant": variant, "slots": slots, "max_length": max_length, "threads": threads, "queue": queue}
-    table = {"models": parse_models(models), "alias": alias, "weights": parse_weights(weight or [])}
-    run_server(ServeConfig(**table, **where, **keys, **engine, timeout_s=timeout, drain_s=drain))
+    given: dict[str, Any] = {"host": host, "port": port, "log": log, "log_text": log_text}
+    given |= {"api_keys": api_key, "api_key_file": api_key_file, "admin_key": admin_key}
+    given |= {"variant": variant, "slots": slots, "max_length": max_length, "threads": threads, "queue": queue}
+    given |= {"timeout_s": timeout, "drain_s": drain, "exit_with_stdin": exit_with_stdin}
+    weights = parse_weights(weight or [])
+    run_server(ServeConfig(models=parse_models(models), alias=alias, weights=weights, **given))
