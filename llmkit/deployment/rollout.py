@@ -92,7 +92,9 @@ def bad_threshold(replies: Iterable[Reply], quantile: float = 0.05) -> float:
     values = [r.value for r in replies if r.value is not None]
     if len(values) < 20:
         raise DataError(f"{len(values)} labels before the canary are too few", "20 at least; see the replies' errors")
-    return float(np.quantile(values, quantile, method="higher"))
+    lines, below = np.unique(values), np.searchsorted(np.sort(values), np.unique(values)) / len(values)
+    off = np.where(below > 0, np.abs(below - quantile), 2.0)
+    return float(lines[len(off) - 1 - off[::-1].argmin()])
 
 # %% ../../nbs/deployment/04_rollout.ipynb #1d14fce1
 def to_labels(replies: Iterable[Reply], threshold: float) -> list[Label]:

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['Stages', 'CSS_PAGE', 'CSS_PARTS', 'unit_of', 'number', 'words', 'cell', 'table_html', 'check_text', 'number_of',
            'gate_html', 'inline_svg', 'read_stage', 'collect_stages', 'verdict', 'bars_html', 'links_html',
-           'stage_html', 'page_html', 'write_report']
+           'stage_html', 'page_html', 'write_report', 'ReportJob']
 
 # %% ../../nbs/monitoring/10_report.ipynb #72b2232d
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from ..core.config import Config
 from ..core.errors import DataError
 from ..core.run import read_json, read_result
 
@@ -223,7 +225,8 @@ header p { margin: .25rem 0; color: var(--soft); }
   margin: 1.25rem 0 2rem; }
 .bar { position: relative; height: .9rem; background: var(--card); border-radius: .25rem; }
 .bar span { display: block; height: 100%; background: var(--bar); border-radius: .25rem; min-width: 2px; }
-.bar span.missing { display: none; } .bar span.late { background: var(--late); } .bar span.failed, .bar span.gate_failed { background: var(--bad); }
+.bar span.missing { display: none; }
+.bar span.late { background: var(--late); } .bar span.failed, .bar span.gate_failed { background: var(--bad); }
 .bar i { position: absolute; top: -.15rem; bottom: -.15rem; width: 2px; background: var(--ink); }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 """
@@ -282,3 +285,20 @@ def write_report(
     part.write_text(page_html(title or f"llmkit: {Path(folder).resolve().name}", list(stages), out.parent), "utf-8")
     os.replace(part, out)
     return out
+
+# %% ../../nbs/monitoring/10_report.ipynb #55f8c957
+@dataclass(kw_only=True)
+class ReportJob(Config):
+    "Which run to report on."
+
+    out: str = ""  # run folder of this job; empty for a temporary one
+    run: str = ""  # folder of a whole line; empty for a tiny one of its own
+    title: str = ""  # of the page; empty: made of the run folder's name
+    expected: list[str] = field(default_factory=list)  # stages that should be there, shown even if they never ran
+
+    @classmethod
+    def tiny(cls, **values: Any) -> Self:
+        "The settings as they are: a report takes a second."
+        return cls(**values)
+
+    quickstart = tiny
