@@ -100,13 +100,27 @@ def warm_up() -> threading.Thread:
     return thread
 
 # %% ../../nbs/cli/03_quickstart.ipynb #fc1ce45e
-NUMBERS: dict[str, tuple[str, ...]] = {}
+NUMBERS = {
+    "prepare_data": "{bytes:,.0f} bytes, {tokens_train:,.0f} tokens to train on, {pairs:,.0f} pairs",
+    "train_model": "{parameters:,.0f} parameters, loss {loss:.3f} (unigram entropy {unigram_entropy:.3f})",
+    "evaluate_model": "perplexity {perplexity:.1f} (untrained {perplexity_untrained:.0f}, unigram"
+    " {perplexity_unigram:.0f}, trigram {perplexity_trigram:.1f}), next token {accuracy:.1%}",
+    "register_model": "version {version:.0f}",
+    "optimize_model": "decoding at batch 8: torch {torch_decode_tokens_per_s_8:,.0f}, fp32"
+    " {fp32_decode_tokens_per_s_8:,.0f}, int4 {int4_decode_tokens_per_s_8:,.0f} tokens/s",
+    "serve_model": "{rps:.1f} requests/s, latency p95 {latency_p95_s:.3f} s, greedy equal"
+    " {greedy_equal:.0f} of {greedy_prompts:.0f}",
+    "monitor_model": "{requests:.0f} requests, {error_rate:.1%} errors, first token p95 {ttft_p95_s:.3f} s",
+    "rollout_model": "damaged back after {damaged_requests:.0f} requests, healthy out after {healthy_requests:.0f}",
+}
 
-# %% ../../nbs/cli/03_quickstart.ipynb #bf6f1fc2
+# %% ../../nbs/cli/03_quickstart.ipynb #b8c2bce4
 def numbers(stage: str, metrics: dict[str, float]) -> str:
-    "The numbers of a stage that are worth a line."
-    names = NUMBERS.get(stage) or tuple(metrics)[:3]
-    return ", ".join(f"{n} {metrics[n]:.4g}" for n in names if n in metrics)
+    "The numbers of a stage that are worth a line; the first three where it has others than expected."
+    try:
+        return NUMBERS[stage].format_map(metrics)
+    except KeyError:
+        return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:3])
 
 # %% ../../nbs/cli/03_quickstart.ipynb #a06b9565
 def summary(out: Path) -> Any:
@@ -130,7 +144,8 @@ def tell(out: Path) -> None:
     "Print the summary of the line in `out`, and the report's path as the last line."
     from rich.console import Console
 
-    Console(soft_wrap=True).print(summary(out))
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(summary(out))
     row = read_json(out / "state.json")["stages"].get("write_report", {})
     if row.get("status") == "finished":
         print(f"\nreport: {read_result(out / row['folder'])['outputs']['report']}", flush=True)
