@@ -10,7 +10,7 @@ __all__ = ['Traffic', 'Backend', 'Admin', 'RouterBackend', 'equal_traffic', 'mov
 # %% ../../nbs/deployment/04_rollout.ipynb #8e564c31
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -213,30 +213,33 @@ def plot_evidence(result: RolloutResult) -> Any:
     fig = Figure(figsize=(7, 3.0), layout="constrained")
     ax = fig.subplots()
     x = [0] + [h["total"] for h in result.history]
-    for key, alpha, word, color in (
-        ("harm", result.alpha, "roll back", "#d1495b"),
-        ("safe", result.promote_alpha, "promote", "#2e7d5b"),
+    for key, alpha, word, color, side in (
+        ("harm", result.alpha, "roll back", "#d1495b", 0.0),
+        ("safe", result.promote_alpha, "promote", "#2e7d5b", 1.0),
     ):
         y = [0.0] + [max(h[key], -4) for h in result.history]
         ax.plot(x, y, color=color, marker=".", label=f"evidence to {word}")
         ax.axhline(-math.log10(alpha), color=color, ls="--", lw=1)
-        ax.annotate(f"{word} at {1 / alpha:g}", (0, -math.log10(alpha)), color=color, va="bottom", fontsize=8)
+        at, ha = (side, -math.log10(alpha)), ("left", "right")[int(side)]
+        how: dict[str, Any] = {"xytext": (3 - 6 * side, 2), "textcoords": "offset points"}
+        how["xycoords"] = ("axes fraction", "data")
+        ax.annotate(f"{word} at {1 / alpha:g}", at, color=color, ha=ha, va="bottom", fontsize=8, **how)
+    ax.margins(y=0.12)
     ax.set(xlabel="labelled requests in the canary stage", ylabel="e-value, log10", title=f"verdict: {result.verdict}")
-    ax.legend(frameon=False, loc="lower right")
+    fig.legend(frameon=False, loc="outside lower center", ncols=2)
     return fig
 
 # %% ../../nbs/deployment/04_rollout.ipynb #a18143e4
-def plot_traffic(results: Sequence[RolloutResult]) -> Any:
-    "A matplotlib figure: each canary's share of the traffic over seconds, one line a rollout."
+def plot_traffic(results: Mapping[str, RolloutResult]) -> Any:
+    "A matplotlib figure: each canary's share of the traffic over seconds, one line a rollout, by name."
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(7, 2.4), layout="constrained")
-    ax, start = fig.subplots(), min(r.started for r in results)
-    for r in results:
+    ax, start = fig.subplots(), min(r.started for r in results.values())
+    for name, r in results.items():
         at = [t["seconds"] + r.started - start for t in r.traffic] + [r.seconds + r.started - start]
         share = [t["share"] * 100 for t in r.traffic]
-        ax.step(at, [*share, share[-1]], where="post", label=r.canary)
-        ax.annotate(r.verdict, (at[-1], share[-1]), ha="right", va="bottom", fontsize=8)
+        ax.step(at, [*share, share[-1]], where="post", label=f"{name}: {r.verdict}")
     ax.set(xlabel="seconds", ylabel="canary's share, %", ylim=(-5, 112))
-    ax.legend(frameon=False, loc="upper left")
+    fig.legend(frameon=False, loc="outside right upper")
     return fig

@@ -190,7 +190,7 @@ def plot_drift(reports: Mapping[str, DriftReport], changed_at: int | None = None
     "A matplotlib figure of the evidence over rows, one line a report; `changed_at` marks a known change."
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(7, 3.2), layout="constrained")
+    fig = Figure(figsize=(8, 3.2), layout="constrained")
     ax = fig.subplots()
     for name, r in reports.items():
         end = len(r.path) if r.row is None else min(len(r.path), r.row + 10)
@@ -198,7 +198,8 @@ def plot_drift(reports: Mapping[str, DriftReport], changed_at: int | None = None
         ax.axhline(math.log10(r.run_length), color="0.5", ls="--", lw=1)
     if changed_at is not None:
         ax.axvline(changed_at, color="0.5", ls=":", lw=1)
-        ax.annotate("traffic changes", (changed_at, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top")
+        at = {"xycoords": ("data", "axes fraction"), "va": "top", "ha": "right"}
+        ax.annotate("traffic changes ", (changed_at, 0.97), fontsize=8, **at)  # type: ignore[arg-type]
     ax.set(xlabel="rows", ylabel="evidence, log10", title=f"alarm at 1 in {r.run_length:,.0f} rows (dashed)")
-    ax.legend(frameon=False, loc="lower right")
+    fig.legend(frameon=False, loc="outside right upper", fontsize=8)
     return fig
