@@ -14,7 +14,7 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError
 
 # %% auto #0
-__all__ = ['COMMANDS', 'REWRITES', 'overview', 'subcommand', 'pairs', 'spread', 'dispatch', 'main']
+__all__ = ['COMMANDS', 'REWRITES', 'overview', 'Stopped', 'shielded', 'subcommand', 'pairs', 'spread', 'dispatch', 'main']
 
 # %% ../../nbs/cli/01_main.ipynb #e636ee2f
 COMMANDS = {
@@ -41,6 +41,22 @@ def overview() -> Any:
         app.command(name, help=text)(lambda: None)
     return typer.main.get_command(app)
 
+# %% ../../nbs/cli/01_main.ipynb #a8d11070
+class Stopped(Exception):
+    "Ctrl-C on its way through typer; its text says how to go on."
+
+# %% ../../nbs/cli/01_main.ipynb #346706be
+def shielded(call: Callable[..., Any]) -> Callable[..., Any]:
+    "`call`, with `KeyboardInterrupt` raised as `Stopped`."
+
+    def run(*args: Any, **options: Any) -> Any:
+        try:
+            return call(*args, **options)
+        except KeyboardInterrupt as e:
+            raise Stopped(str(e)) from e
+
+    return run
+
 # %% ../../nbs/cli/01_main.ipynb #7d0fada1
 def subcommand(name: str) -> Any:
     "The typer command of subcommand `name`, its part imported now."
@@ -49,7 +65,9 @@ def subcommand(name: str) -> Any:
     module, _, function = COMMANDS[name][0].partition(":")
     app = typer.Typer(add_completion=False)
     app.command()(getattr(import_module(module), function))
-    return typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    command.callback = shielded(command.callback)
+    return command
 
 # %% ../../nbs/cli/01_main.ipynb #4cf6abcb
 def pairs(words: list[str]) -> list[str]:
@@ -60,7 +78,8 @@ def pairs(words: list[str]) -> list[str]:
         done.append(word)
         if word in ("-p", "--param"):
             name = next(rest, "")
-            done.append(name if "=" in name else f"{name}={next(rest, '')}")
+            value = None if "=" in name else next(rest, None)
+            done.append(name if value is None else f"{name}={value}")
     return done
 
 # %% ../../nbs/cli/01_main.ipynb #15fa4aa5
@@ -107,7 +126,7 @@ def main(words: list[str] | None = None) -> NoReturn:
     except LLMKitError as e:
         print(f"error: {e}", file=sys.stderr)
         code = e.exit_code
-    except KeyboardInterrupt as e:
+    except (KeyboardInterrupt, Stopped) as e:
         print(str(e) if " " in str(e) else "interrupted", file=sys.stderr)
         code = 2
-    sys.exit(code)
+    sys.exit(2 if code == 130 else code)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Models', 'Weights', 'Key', 'KeyFile', 'AdminKey', 'Hidden', 'serve']
 
-# %% ../../nbs/cli/02_serve.ipynb #31b8ee56
+# %% ../../nbs/cli/02_serve.ipynb #80cbe6f4
 from typing import Annotated, Any
 
 import typer
 
-# %% ../../nbs/cli/02_serve.ipynb #f8a46deb
+# %% ../../nbs/cli/02_serve.ipynb #3f06a30a
 Models = Annotated[list[str], typer.Argument(help="NAME=FOLDER or FOLDER of each model", show_default=False)]
 Weights = Annotated[list[str] | None, typer.Option("--weight", help="NAME=SHARE of the alias; they sum to 1")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_API_KEY", help="API keys, commas between them", show_envvar=True)]
@@ -18,7 +18,7 @@ KeyFile = Annotated[str, typer.Option(envvar="LLMKIT_API_KEY_FILE", help="a file
 AdminKey = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="opens /admin; made and printed if empty")]
 Hidden = Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)]
 
-# %% ../../nbs/cli/02_serve.ipynb #b7671110
+# %% ../../nbs/cli/02_serve.ipynb #f6b615f1
 def serve(
     models: Models,
     alias: Annotated[str, typer.Option(help="the name that clients ask for")] = "llmkit",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 import sys
@@ -129,6 +130,7 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
     import papermill
 
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised below
     record = executed.parent / ".kernel.json"
     pids: list[int] = []
 
