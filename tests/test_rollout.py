@@ -12,7 +12,7 @@ from llmkit.core.card import ModelCard
 from llmkit.core.errors import ServiceError
 from llmkit.core.registry import get_version
 from llmkit.deployment.plan import Plan, Stage
-from llmkit.deployment.release import RolloutJob, make_damaged, make_healthy, open_release
+from llmkit.deployment.release import RolloutJob, job_plan, make_damaged, make_healthy, open_release
 from llmkit.deployment.rollout import RouterBackend, move_champion, run_rollout
 from llmkit.deployment.traffic import LabelLoop
 from llmkit.monitoring.monitor import prompt_windows
@@ -59,7 +59,7 @@ def test_damaged_is_rolled_back(world):
     world.all_to_champion()
     moved = []
     result = run_rollout(
-        world.backend, world.cfg.plan(), "damaged", world.stable, world.traffic(), lambda: moved.append(1)
+        world.backend, job_plan(world.cfg), "damaged", world.stable, world.traffic(), lambda: moved.append(1)
     )
     assert result.verdict == "rollback", str(result)
     assert world.backend.traffic() == {world.stable: 1.0}
@@ -70,7 +70,7 @@ def test_healthy_is_promoted_with_its_alias(world):
     world.all_to_champion()
     release = world.release
     promote = lambda: move_champion(release.name, world.version, release.tracking)  # noqa: E731
-    result = run_rollout(world.backend, world.cfg.plan(), "healthy", world.stable, world.traffic(), promote)
+    result = run_rollout(world.backend, job_plan(world.cfg), "healthy", world.stable, world.traffic(), promote)
     assert result.verdict == "promote", str(result)
     assert world.backend.traffic() == {"healthy": 1.0}
     assert get_version(release.name, "champion", release.tracking).version == world.version

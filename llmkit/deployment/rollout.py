@@ -158,6 +158,7 @@ def run_rollout(
     stable: str,  # revision that has it
     traffic: Traffic,  # the next n labelled replies; a `LabelLoop`, for example
     promote: Callable[[], None] | None = None,  # called after the traffic has moved: moves the registry's alias
+    threshold: float | None = None,  # labels below it are bad; measured on the stable revision if not known
 ) -> RolloutResult:
     "Roll `canary` out by `plan`; at the end, or on any exception, all traffic is with one revision."
     result = RolloutResult(canary, stable, alpha=plan.alpha, promote_alpha=plan.promote_alpha)
@@ -165,7 +166,7 @@ def run_rollout(
         raise ServiceError(f"traffic is {found}, not all with {stable!r}", "finish the other rollout first")
     result.moved(0.0)
     try:
-        result.threshold = bad_threshold(traffic(plan.baseline), plan.quantile)
+        result.threshold = bad_threshold(traffic(plan.baseline), plan.quantile) if threshold is None else threshold
         run_stages(backend, plan, result, traffic)
         if result.verdict == "promote" and promote is not None:
             promote()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIFTS', 'SPREADS', 'TAIL', 'BETS', 'smooth_rank', 'bets', 'decile_shares', 'effect', 'inflation', 'DriftReport',
-           'DriftDetector', 'summarize_drift', 'make_report', 'one_effect', 'plot_drift']
+           'conformal_rank', 'DriftDetector', 'summarize_drift', 'make_report', 'one_effect', 'plot_drift']
 
 # %% ../../nbs/monitoring/04_drift.ipynb #25591933
 import math
@@ -96,7 +96,17 @@ class DriftReport:
             return f"quiet: {self.kind} look like the reference over {self.rows} rows"
         return f"drift in {self.kind} after {self.row} rows, mostly in {self.feature}"
 
-# %% ../../nbs/monitoring/04_drift.ipynb #17937f80
+# %% ../../nbs/monitoring/04_drift.ipynb #c9091365
+def conformal_rank(known: list[float], value: float | None, chance: Random, grow: int) -> float:
+    "The rank of `value` in the sorted `known`, which it then joins up to `grow` values; nan for a missing value."
+    if value is None or not math.isfinite(value):
+        return math.nan
+    u = smooth_rank(known, value, chance.random())
+    if len(known) < grow:
+        insort(known, value)
+    return u
+
+# %% ../../nbs/monitoring/04_drift.ipynb #2ea77fa1
 class DriftDetector:
     "Compares rows, one at a time, with the profile `block` of one kind of text."
 
@@ -124,21 +134,11 @@ class DriftDetector:
         "Take one row; log10 of the evidence for a change at some row up to this one."
         values = row_features(row, self.kind, self.pairs)
         self.seen.append(values)
-        self.ranks.append([self.rank(n, values.get(n)) for n in self.names])
+        self.ranks.append([conformal_rank(self.sorted[n], values.get(n), self.chance, self.grow) for n in self.names])
         pays = np.array([bets(u) if u == u else [1.0] * len(BETS) for u in self.ranks[-1]])
         self.owned = np.minimum((1 + self.owned) * pays, 1e250)
         self.path.append(float(np.log10(self.owned.mean())))
         return self.path[-1]
-
-    def rank(self, name: str, value: float | None) -> float:
-        "The conformal rank of one value, which then joins the reference; nan for a missing value."
-        if value is None or not math.isfinite(value):
-            return math.nan
-        known = self.sorted[name]
-        u = smooth_rank(known, value, self.chance.random())
-        if len(known) < self.grow:
-            insort(known, value)
-        return u
 
     def detect(self, rows: Iterable[Row]) -> DriftReport:
         "Take `rows` in order and report on all rows seen so far."
