@@ -65,7 +65,7 @@ class PrepareJob(Config):
     @classmethod
     def quickstart(cls, **values: Any) -> Self:
         "Some 18 MB of the installed Python source in half a minute on two cores."
-        sizes = {"min_bytes": 10_000_000, "max_bytes": 18_000_000, "vocab_size": 2048, "fim_examples": 4000}
+        sizes = {"min_bytes": 10_000_000, "max_bytes": 18_000_000, "vocab_size": 4096, "fim_examples": 4000}
         return cls(**{**sizes, **({"min_bytes": 0} if values.get("data") else {}), **values})
 
 # %% ../../nbs/data/02_prepare.ipynb #c2bfd96c
