@@ -69,7 +69,8 @@ lab: $(INSTALLED) ## Open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs
 
 demo: $(INSTALLED) ## Open a chat over the model of the last quickstart
-	@$(BIN)/llmkit demo $(ARGS)
+	@test -d $(RUN)/02_train_model/model || { echo "error: no model in $(RUN); run make quickstart first" >&2; exit 2; }
+	@$(BIN)/llmkit demo llmkit=$(RUN)/02_train_model/model $(ARGS)
 
 bench: $(INSTALLED) ## Run the benchmark notebooks, each into runs/bench/
 	@shopt -s nullglob; books=(nbs/benchmarks/*.ipynb); \

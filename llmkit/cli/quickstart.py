@@ -5,22 +5,20 @@
 # %% ../../nbs/cli/03_quickstart.ipynb #5c9235ab
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ..core.config import nearest
-from ..core.errors import ConfigError, GateError, LLMKitError
+from ..core.errors import ConfigError, GateError
 from ..core.run import read_json, read_result
 from ..runner.line import Line, Results, Stage
 
 # %% auto #0
-__all__ = ['BUDGETS', 'Preset', 'NUMBERS', 'inputs', 'preset_params', 'stages', 'warm_up', 'numbers', 'summary', 'tell',
-           'options', 'quickstart']
+__all__ = ['BUDGETS', 'Preset', 'NUMBERS', 'inputs', 'preset_params', 'stages', 'numbers', 'summary', 'tell', 'options',
+           'quickstart']
 
 # %% ../../nbs/cli/03_quickstart.ipynb #bffe585d
 BUDGETS: dict[str, float] = {
@@ -83,21 +81,6 @@ def stages(data: list[str], preset: Preset, seed: int) -> list[Stage]:
         Stage(name, name, params(name), budget, resumes=name == "train_model", always=name == "write_report")
         for name, budget in BUDGETS.items()
     ]
-
-# %% ../../nbs/cli/03_quickstart.ipynb #6f407a58
-def warm_up() -> threading.Thread:
-    "Import the config classes of all jobs in the background."
-
-    def load() -> None:
-        from llmkit.runner.inspect import config_class, find_job
-
-        for name in BUDGETS:
-            with suppress(LLMKitError):  # whoever needs it meets the same error, in the right place
-                config_class(find_job(name))
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    return thread
 
 # %% ../../nbs/cli/03_quickstart.ipynb #fc1ce45e
 NUMBERS = {
@@ -181,7 +164,6 @@ def quickstart(
     for _ in read_files(chosen["data"]) if chosen["data"] and not resume else ():
         pass  # what cannot be read is refused here, with its file and line
     line = Line("quickstart", stages(**chosen), out, chosen)
-    warm_up()
     try:
         line.run(resume)
     except GateError:

@@ -25,7 +25,7 @@ class TrainJob(Config):
     base: str = ""  # model folder to start from; empty starts from scratch with the shape below
     seed: int = 0
     arch: Literal["llama", "qwen3"] = "qwen3"
-    hidden_size: Annotated[int, Ge(8)] = 32
+    hidden_size: Annotated[int, Ge(8)] = 64  # int4 packs two blocks of 32 at a time
     layers: Annotated[int, Ge(1)] = 2
     heads: Annotated[int, Ge(1)] = 2
     kv_heads: Annotated[int, Ge(1)] = 2
