@@ -142,7 +142,7 @@ def make_healthy(release: Release, folder: Path, steps: int, seed: int) -> tuple
     from llmkit.core.registry import register, set_alias
     from llmkit.training.recipe import train_further
 
-    path = train_further(release.champion, release.prepared, folder, steps=steps, seed=seed)
+    path = train_further(release.champion, release.prepared, folder, steps=steps, seed=seed, batch_size=8)
     version = register(path, release.name, release.tracking, tags={"from": str(release.version)})
     set_alias(release.name, "candidate", version, release.tracking)
     return path, version
