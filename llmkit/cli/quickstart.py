@@ -17,7 +17,7 @@ from ..core.run import read_json, read_result
 from ..runner.line import Line, Results, Stage
 
 # %% auto #0
-__all__ = ['BUDGETS', 'Preset', 'NUMBERS', 'inputs', 'preset_params', 'stages', 'numbers', 'summary', 'tell', 'options',
+__all__ = ['BUDGETS', 'Preset', 'WIDER', 'NUMBERS', 'inputs', 'preset_params', 'stages', 'numbers', 'summary', 'tell', 'options',
            'quickstart']
 
 # %% ../../nbs/cli/03_quickstart.ipynb #bffe585d
@@ -54,6 +54,11 @@ def inputs(stage: str, done: Results, data: list[str]) -> dict[str, Any]:
 # %% ../../nbs/cli/03_quickstart.ipynb #040eb57d
 Preset = Literal["quickstart", "tiny"]
 
+# %% ../../nbs/cli/03_quickstart.ipynb #30fcc6f8
+WIDER: dict[tuple[str, str], dict[str, Any]] = {
+    ("tiny", "prepare_data"): {"max_bytes": 3_000_000, "test_share": 0.3},
+}
+
 # %% ../../nbs/cli/03_quickstart.ipynb #5a068420
 def preset_params(job: str, preset: Preset, given: dict[str, Any], seed: int) -> dict[str, Any]:
     "All parameters of a job in a preset, apart from its run folder."
@@ -67,7 +72,7 @@ def preset_params(job: str, preset: Preset, given: dict[str, Any], seed: int) ->
     unknown = [n for n in given if n not in known]
     if unknown:
         raise ConfigError(f"{job} has no parameter {unknown[0]!r}", nearest(unknown[0], known))
-    values = getattr(cls, preset)(**given).to_dict()
+    values = getattr(cls, preset)(**WIDER.get((preset, job), {}), **given).to_dict()
     return {n: values[n] for n in known if n != "out"}
 
 # %% ../../nbs/cli/03_quickstart.ipynb #f9c9f096
