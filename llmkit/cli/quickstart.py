@@ -56,7 +56,8 @@ Preset = Literal["quickstart", "tiny"]
 
 # %% ../../nbs/cli/03_quickstart.ipynb #30fcc6f8
 WIDER: dict[tuple[str, str], dict[str, Any]] = {
-    ("tiny", "prepare_data"): {"max_bytes": 3_000_000, "test_share": 0.3},
+    ("tiny", "prepare_data"): {"max_bytes": 2_000_000, "test_share": 0.3},
+    ("tiny", "monitor_model"): {"run_length": 1e12},
 }
 
 # %% ../../nbs/cli/03_quickstart.ipynb #5a068420
