@@ -23,7 +23,8 @@ from ..core.run import read_json, write_json
 from .inspect import check, find_job
 
 # %% auto #0
-__all__ = ['locked', 'kill_group', 'end_leftover', 'kernel_manager', 'interruptible', 'job_error', 'execute', 'claim', 'run_job']
+__all__ = ['BRIEF', 'locked', 'kill_group', 'end_leftover', 'kernel_manager', 'interruptible', 'job_error', 'execute', 'claim',
+           'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #ccc551fc
 @contextmanager
@@ -65,6 +66,9 @@ def end_leftover(folder: str | Path) -> bool:
     path.unlink(missing_ok=True)
     return found
 
+# %% ../../nbs/runner/02_run.ipynb #296eede0
+BRIEF = {"GOMP_SPINCOUNT": "3000"}  # rounds that a thread of GNU OpenMP spins before it sleeps
+
 # %% ../../nbs/runner/02_run.ipynb #79683a67
 def kernel_manager(
     folder: str,  # private and short-lived: the kernel's sockets lie in it
@@ -87,7 +91,7 @@ def kernel_manager(
             # Sockets in our own folder: no port to collide on, and nobody else on this machine can connect.
             self.transport, self.connection_file, self.ip = "ipc", f"{folder}/kernel.json", f"{folder}/k"
             with open(log, "ab") as f:  # it would garble the display, and belongs to the run
-                await super().start_kernel(**kwargs | {"env": os.environ | env, "stdout": f, "stderr": f})
+                await super().start_kernel(**kwargs | {"env": BRIEF | os.environ | env, "stdout": f, "stderr": f})
             started(self.provisioner.pid)  # type: ignore[union-attr]
 
     return JobKernel
