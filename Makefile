@@ -68,9 +68,9 @@ format: $(INSTALLED) ## Bring all of that in order
 lab: $(INSTALLED) ## Open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs
 
-demo: $(INSTALLED) ## Open a chat over the model of the last quickstart
+demo: $(INSTALLED) ## Open a chat over the model of the last quickstart (RUN=FOLDER for another)
 	@test -d $(RUN)/02_train_model/model || { echo "error: no model in $(RUN); run make quickstart first" >&2; exit 2; }
-	@$(BIN)/llmkit demo llmkit=$(RUN)/02_train_model/model $(ARGS)
+	@$(BIN)/llmkit demo quickstart=$(RUN)/02_train_model/model $(ARGS)
 
 bench: $(INSTALLED) ## Run the benchmark notebooks, each into runs/bench/
 	@shopt -s nullglob; books=(nbs/benchmarks/*.ipynb); \
