@@ -18,7 +18,7 @@ from .config import plain
 from .errors import DataError, GateError, RunError
 
 # %% auto #0
-__all__ = ['write_json', 'read_json', 'Check', 'Run', 'read_result']
+__all__ = ['write_json', 'read_json', 'Check', 'RunFolder', 'Measurements', 'Artefacts', 'Run', 'read_result']
 
 # %% ../../nbs/core/02_run.ipynb #c319efa5
 def write_json(
@@ -69,8 +69,8 @@ class Check:
 
 # %% ../../nbs/core/02_run.ipynb #53f16ddc
 @dataclass
-class Run:
-    "One stage's run folder: collects metrics, outputs, tables, figures and the gate, and writes `result.json`."
+class RunFolder:
+    "The folder of one stage's run, cleared of an earlier result, and the result to be."
 
     out: str | Path = ""
     stage: str = "stage"
@@ -91,6 +91,10 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+# %% ../../nbs/core/02_run.ipynb #4154d060
+class Measurements(RunFolder):
+    "A run folder that numbers and small tables are recorded in."
+
     def metric(self, name: str, value: float, step: int | None = None) -> None:
         "Record one number; with `step`, as a point of a curve."
         self.metrics({name: value}, step)
@@ -102,6 +106,14 @@ class Run:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps({"time": time.time(), "step": step or 0, **values}) + "\n")
 
+    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        "Keep a small table for the report: a list of rows with equal keys."
+        self.result["tables"][name] = plain(rows)
+
+# %% ../../nbs/core/02_run.ipynb #e0d38b20
+class Artefacts(Measurements):
+    "A run folder that names what the stages after it, and the report, take from it."
+
     def output(self, name: str, path: str | Path) -> Path:
         "Name an artefact for the stages that follow; inside the folder it is stored relative to it."
         path = Path(path).resolve()
@@ -111,16 +123,16 @@ class Run:
         self.result["outputs"][name] = str(path.relative_to(self.path) if inside else path)
         return path
 
-    def table(self, name: str, rows: list[dict[str, Any]]) -> None:
-        "Keep a small table for the report: a list of rows with equal keys."
-        self.result["tables"][name] = plain(rows)
-
     def figure(self, name: str, fig: Any) -> Path:
         "Keep a matplotlib figure for the report, as SVG."
         path = self.file(f"figures/{name}.svg")
         fig.savefig(path, bbox_inches="tight", metadata={"Date": None})
         self.result["figures"][name] = str(path.relative_to(self.path))
         return path
+
+# %% ../../nbs/core/02_run.ipynb #7155e7b0
+class Run(Artefacts):
+    "One stage's run: collects metrics, outputs, tables, figures and the gate, and writes `result.json`."
 
     def gate(self, checks: list[Check]) -> None:
         "Record the checks; `finish` raises if one of them missed its bound."

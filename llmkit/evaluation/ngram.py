@@ -12,7 +12,7 @@ import numpy as np
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['Unigram', 'Counts', 'fit_shares', 'Trigram']
+__all__ = ['Unigram', 'Counts', 'fit_shares', 'TrigramCounts', 'Trigram']
 
 # %% ../../nbs/evaluation/01a_ngram.ipynb #da99c471
 class Unigram:
@@ -65,9 +65,9 @@ def fit_shares(
         shares = (weighted / weighted.sum(1, keepdims=True)).mean(0)
     return shares
 
-# %% ../../nbs/evaluation/01a_ngram.ipynb #88603ce0
-class Trigram:
-    "An interpolated (Jelinek-Mercer) trigram model with shares by frequency of the context."
+# %% ../../nbs/evaluation/01a_ngram.ipynb #29ac3267
+class TrigramCounts:
+    "Counts of tokens, pairs and triples, and the probabilities that each order gives."
 
     BUCKETS = 6
 
@@ -75,7 +75,6 @@ class Trigram:
         self,
         tokens: np.ndarray,  # training token ids [n], or rows [n, length] that do not continue each other
         vocab: int,
-        tune: np.ndarray | None = None,  # held-out windows [n, length] to fit the shares on
     ) -> None:
         t = np.atleast_2d(np.asarray(tokens).astype(np.int64))
         if t.shape[1] < 3:
@@ -85,10 +84,6 @@ class Trigram:
         self.contexts = Counts(t[:, :-2] * vocab + t[:, 1:-1])  # pairs that something follows
         self.starts = np.bincount(t[:, :-1].ravel(), minlength=vocab)  # how often each token begins a pair
         self.triples = Counts((t[:, :-2] * vocab + t[:, 1:-1]) * vocab + t[:, 2:])
-        self.shares = np.array([[0.2, 0.8, 0.0]] + [[0.1, 0.4, 0.5]] * (self.BUCKETS - 1))
-        if tune is not None:
-            parts, bucket = self.parts(tune)
-            self.shares = np.stack([fit_shares(parts[bucket == b]) for b in range(self.BUCKETS)])
 
     def parts(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Probabilities under each order [tokens, 3] and the bucket of the context [tokens]; the first two are read."
@@ -99,6 +94,22 @@ class Trigram:
         three = self.triples.of((a * self.vocab + b) * self.vocab + c) / np.maximum(1.0, seen)
         bucket = np.minimum(self.BUCKETS - 1, np.ceil(np.log2(seen + 1) / 2)).astype(np.int64)
         return np.stack([self.unigram.p[c], two, three], axis=1), bucket
+
+# %% ../../nbs/evaluation/01a_ngram.ipynb #88603ce0
+class Trigram(TrigramCounts):
+    "An interpolated (Jelinek-Mercer) trigram model with shares by frequency of the context."
+
+    def __init__(
+        self,
+        tokens: np.ndarray,  # as `TrigramCounts` takes them
+        vocab: int,
+        tune: np.ndarray | None = None,  # held-out windows [n, length] to fit the shares on
+    ) -> None:
+        super().__init__(tokens, vocab)
+        self.shares = np.array([[0.2, 0.8, 0.0]] + [[0.1, 0.4, 0.5]] * (self.BUCKETS - 1))
+        if tune is not None:
+            parts, bucket = self.parts(tune)
+            self.shares = np.stack([fit_shares(parts[bucket == b]) for b in range(self.BUCKETS)])
 
     def nats(self, windows: np.ndarray) -> float:
         "Mean loss a token over windows [n, length], from the third token on."

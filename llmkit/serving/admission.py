@@ -19,7 +19,8 @@ from ..engine.request import Output, Request
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Ticket', 'Bounds', 'Traffic', 'hand_over', 'EngineLoop', 'engine_failed', 'run_engine', 'deliver']
+__all__ = ['Ticket', 'Bounds', 'Traffic', 'hand_over', 'EngineThread', 'Intake', 'EngineLoop', 'engine_failed', 'run_engine',
+           'deliver']
 
 # %% ../../nbs/serving/03_admission.ipynb #768658ef
 @dataclass(slots=True, eq=False)
@@ -80,14 +81,36 @@ def hand_over(engine: Any, traffic: Traffic, slots: int) -> list[tuple[str, ApiE
     return refused
 
 # %% ../../nbs/serving/03_admission.ipynb #15cc3163
-class EngineLoop:
-    "Drives one engine from a thread of its own; `submit` and `abort` are called from the event loop."
+class EngineThread:
+    "Steps one engine in a thread of its own and posts what it made to the event loop."
 
     def __init__(self, engine: Any, bounds: Bounds, name: str = "engine") -> None:
         self.engine, self.bounds, self.traffic = engine, bounds, Traffic()
         self.failure, self.closing, self.beat = "", False, time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def load(self) -> tuple[int, int, float]:
+        "Requests in the batch, requests waiting, and the share of the KV cache in use."
+        stats = getattr(self.engine, "stats", None)
+        return len(self.traffic.running), len(self.traffic.waiting), float(getattr(stats, "kv_used", 0.0))
+
+    def _run(self) -> None:
+        try:
+            run_engine(self)
+        except Exception as e:  # whatever an engine raises, its clients must hear of it instead of waiting for ever
+            logging.getLogger(__name__).exception("the engine failed")
+            self.failure = f"{type(e).__name__}: {e}"
+            self.post([(i, engine_failed(self.failure)) for i in list(self.traffic.tickets)])
+
+    def post(self, items: Sequence[Output | tuple[str, ApiError]]) -> None:
+        "From the thread: one wake-up of the event loop for everything a step made."
+        if items and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(deliver, self.traffic, items)
+
+# %% ../../nbs/serving/03_admission.ipynb #dad3bfda
+class Intake(EngineThread):
+    "The way in and the way out; called from the event loop."
 
     def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
         "Let all of `requests` in, or none (ApiError 503); their outputs come to `mailbox`."
@@ -111,23 +134,9 @@ class EngineLoop:
             self.traffic.aborts.append(request_id)
             self.traffic.wake.set()
 
-    def load(self) -> tuple[int, int, float]:
-        "Requests in the batch, requests waiting, and the share of the KV cache in use."
-        stats = getattr(self.engine, "stats", None)
-        return len(self.traffic.running), len(self.traffic.waiting), float(getattr(stats, "kv_used", 0.0))
-
-    def _run(self) -> None:
-        try:
-            run_engine(self)
-        except Exception as e:  # whatever an engine raises, its clients must hear of it instead of waiting for ever
-            logging.getLogger(__name__).exception("the engine failed")
-            self.failure = f"{type(e).__name__}: {e}"
-            self.post([(i, engine_failed(self.failure)) for i in list(self.traffic.tickets)])
-
-    def post(self, items: Sequence[Output | tuple[str, ApiError]]) -> None:
-        "From the thread: one wake-up of the event loop for everything a step made."
-        if items and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(deliver, self.traffic, items)
+# %% ../../nbs/serving/03_admission.ipynb #a0296a1a
+class EngineLoop(Intake):
+    "Drives one engine from a thread of its own; `submit`, `abort` and `close` are called from the event loop."
 
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the thread."
@@ -146,7 +155,7 @@ def engine_failed(why: str) -> ApiError:
     return ApiError(503, f"the engine failed: {why}", code="engine_failed", retry_after=1)
 
 # %% ../../nbs/serving/03_admission.ipynb #9ab75bca
-def run_engine(loop: EngineLoop) -> None:
+def run_engine(loop: EngineThread) -> None:
     "Step the engine while there is work; sleep without using a core while there is none."
     engine, traffic = loop.engine, loop.traffic
     while True:

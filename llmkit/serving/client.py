@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
 from ..core.errors import ServiceError
 
 # %% auto #0
-__all__ = ['said', 'AdminClient']
+__all__ = ['said', 'AdminConnection', 'AdminClient']
 
 # %% ../../nbs/serving/08_client.ipynb #41654a94
 def said(response: httpx.Response) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def said(response: httpx.Response) -> dict[str, Any]:
     raise ServiceError(f"{what}: {error['message'] if isinstance(error, dict) else response.text[:200]}")
 
 # %% ../../nbs/serving/08_client.ipynb #2a1238c4
-class AdminClient:
-    "Reads and changes the routes and revisions of a running server."
+class AdminConnection:
+    "Calls the administrative paths of a running server; a context manager that closes its connections."
 
     def __init__(
         self,
@@ -51,6 +51,20 @@ class AdminClient:
             return said(self._http.request(method, path, json=body))
         except httpx.TransportError as e:
             raise ServiceError(f"no server answers at {self.base}: {e or type(e).__name__}", "is it running?") from e
+
+    def close(self) -> None:
+        "Close the connections."
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+# %% ../../nbs/serving/08_client.ipynb #1e0973c9
+class AdminClient(AdminConnection):
+    "Reads and changes the routes and revisions of a running server."
 
     def routes(self) -> dict[str, dict[str, float]]:
         "Alias -> revision -> weight."
@@ -75,13 +89,3 @@ class AdminClient:
     def feedback(self, request_id: str, name: str, value: float) -> None:
         "Give an answered request a label."
         self.call("POST", "/v1/feedback", {"request_id": request_id, "name": name, "value": float(value)})
-
-    def close(self) -> None:
-        "Close the connections."
-        self._http.close()
-
-    def __enter__(self) -> AdminClient:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()

@@ -14,12 +14,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from ..core.errors import ServiceError
 from ..security.access import new_key
 
 # %% auto #0
-__all__ = ['command', 'ready_url', 'ServerProcess', 'last_lines']
+__all__ = ['command', 'ready_url', 'last_lines', 'ChildProcess', 'end', 'Service', 'ServerProcess']
 
 # %% ../../nbs/serving/07_process.ipynb #d40cdb60
 def command(models: Mapping[str, str | Path], weights: Mapping[str, float] | None, **options: object) -> list[str]:
@@ -38,9 +39,83 @@ def ready_url(text: str) -> str:
     found = re.search(r"^llmkit: ready, .* at (http://\S+)", text, re.MULTILINE)
     return found[1] if found else ""
 
+# %% ../../nbs/serving/07_process.ipynb #35cb168d
+def last_lines(text: str, n: int = 5) -> str:
+    "The last lines of a server's output as one line."
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return " | ".join(lines[-n:]) or "it printed nothing"
+
+# %% ../../nbs/serving/07_process.ipynb #951e983c
+class ChildProcess:
+    "A process that ends with us: what it prints is kept, and its standard input is a pipe from here."
+
+    def __init__(self, args: list[str], env: Mapping[str, str]) -> None:
+        self.args, self.env = args, env
+        self._output = tempfile.NamedTemporaryFile("w+", prefix="llmkit-serve-")  # noqa: SIM115 - lives as long as we
+        self._process: subprocess.Popen | None = None
+
+    @property
+    def pid(self) -> int:
+        "The process id, 0 before the start."
+        return self._process.pid if self._process else 0
+
+    def launch(self) -> Self:
+        "Start it and do not wait; there is something to do meanwhile."
+        out = {"stdin": subprocess.PIPE, "stdout": self._output, "stderr": subprocess.STDOUT}
+        self._process = subprocess.Popen(self.args, env=self.env, **out)  # type: ignore[call-overload]
+        return self
+
+    def output(self) -> str:
+        "What it has printed so far."
+        return Path(self._output.name).read_text("utf-8", "replace")
+
+    def stop(self, seconds: float = 40.0) -> int:
+        "End it as SIGTERM does: running requests finish, within `seconds`; its exit code."
+        return end(self._process, seconds) if self._process else 0
+
+# %% ../../nbs/serving/07_process.ipynb #21ab9fc5
+def end(process: subprocess.Popen, seconds: float) -> int:
+    "Ask a process to end, kill it after `seconds`, close its standard input; its exit code."
+    process.terminate()
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        code = process.wait()
+    if process.stdin:
+        process.stdin.close()
+    return code
+
+# %% ../../nbs/serving/07_process.ipynb #677bee0f
+class Service(ChildProcess):
+    "A child that prints its address when it is ready; a context manager that waits for that and stops it at the end."
+
+    url, start_s = "", 120.0
+
+    def start(self) -> Self:
+        "Start it and wait until it is ready; `ServiceError` with its last lines if it does not come up."
+        return self.launch().wait()
+
+    def wait(self) -> Self:
+        "Wait until it is ready; `ServiceError` with its last lines if it does not come up."
+        until = time.monotonic() + self.start_s
+        while not (url := ready_url(self.output())):
+            if self._process is None or self._process.poll() is not None or time.monotonic() > until:
+                self.stop(5.0)
+                raise ServiceError(f"the server did not start: {last_lines(self.output())}")
+            time.sleep(0.02)
+        self.url = url
+        return self
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
 # %% ../../nbs/serving/07_process.ipynb #85d63ea8
-class ServerProcess:
-    "A server as a process of its own; a context manager that waits until it is ready and stops it at the end."
+class ServerProcess(Service):
+    "`llmkit serve` as a process of its own; a context manager that waits until it is ready and stops it at the end."
 
     def __init__(
         self,
@@ -58,69 +133,10 @@ class ServerProcess:
         self.admin_key, self.alias, self.start_s = new_key(), alias, start_s
         self.api_key = api_key or "none"
         kw = {"variant": variant, "log": log, "port": port, "slots": slots} | options
-        self.args = command(models, weights, alias=alias, **kw)
-        self.env = os.environ | {"LLMKIT_ADMIN_KEY": self.admin_key, "LLMKIT_API_KEY": api_key}
-        self.url = ""
-        self._output = tempfile.NamedTemporaryFile("w+", prefix="llmkit-serve-")  # noqa: SIM115 - lives as long as we
-        self._process: subprocess.Popen | None = None
+        env = os.environ | {"LLMKIT_ADMIN_KEY": self.admin_key, "LLMKIT_API_KEY": api_key}
+        super().__init__(command(models, weights, alias=alias, **kw), env)
 
     @property
     def base(self) -> str:
         "The address without '/v1'."
         return self.url.removesuffix("/v1")
-
-    @property
-    def pid(self) -> int:
-        "The process id, 0 before the start."
-        return self._process.pid if self._process else 0
-
-    def launch(self) -> ServerProcess:
-        "Start it and do not wait; there is something to do meanwhile, and `wait` comes later."
-        out = {"stdin": subprocess.PIPE, "stdout": self._output, "stderr": subprocess.STDOUT}
-        self._process = subprocess.Popen(self.args, env=self.env, **out)  # type: ignore[call-overload]
-        return self
-
-    def start(self) -> ServerProcess:
-        "Start it and wait until it is ready; `ServiceError` with its last lines if it does not come up."
-        return self.launch().wait()
-
-    def wait(self) -> ServerProcess:
-        "Wait until it is ready; `ServiceError` with its last lines if it does not come up."
-        until = time.monotonic() + self.start_s
-        while not (url := ready_url(self.output())):
-            if self._process is None or self._process.poll() is not None or time.monotonic() > until:
-                self.stop(5.0)
-                raise ServiceError(f"the server did not start: {last_lines(self.output())}")
-            time.sleep(0.02)
-        self.url = url
-        return self
-
-    def output(self) -> str:
-        "What it has printed so far."
-        return Path(self._output.name).read_text("utf-8", "replace")
-
-    def stop(self, seconds: float = 40.0) -> int:
-        "End it as SIGTERM does: running requests finish, within `seconds`; its exit code."
-        if self._process is None:
-            return 0
-        self._process.terminate()
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        if self._process.stdin:
-            self._process.stdin.close()
-        return code
-
-    def __enter__(self) -> ServerProcess:
-        return self.start()
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.stop()
-
-# %% ../../nbs/serving/07_process.ipynb #35cb168d
-def last_lines(text: str, n: int = 5) -> str:
-    "The last lines of a server's output as one line."
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return " | ".join(lines[-n:]) or "it printed nothing"

@@ -21,6 +21,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+# %% auto #0
+__all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', 'revisions', 'on_error', 'paths', 'create_app',
+           'Server', 'end_with_stdin', 'announce', 'run_server']
+
+# %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
 from .calls import new_call, prepare, run
 from .config import ServeConfig, bind
@@ -46,10 +51,6 @@ from llmkit.serving.state import (
     set_route,
     unready,
 )
-
-# %% auto #0
-__all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', 'revisions', 'on_error', 'paths', 'create_app',
-           'Server', 'end_with_stdin', 'announce', 'run_server']
 
 # %% ../../nbs/serving/06_server.ipynb #5271bea6
 async def generate(request: HttpRequest) -> Response:

@@ -13,12 +13,12 @@ from annotated_types import Ge, Gt, Interval
 from ..core.config import Config
 
 # %% auto #0
-__all__ = ['QUICKSTART', 'TrainJob']
+__all__ = ['QUICKSTART', 'Shape', 'Pretraining', 'TrainJob']
 
-# %% ../../nbs/training/00_job.ipynb #65397be7
+# %% ../../nbs/training/00_job.ipynb #d48b4b9c
 @dataclass(kw_only=True)
-class TrainJob(Config):
-    "Parameters of train_model."
+class Shape(Config):
+    "Where a training run reads and writes, and the shape of its model."
 
     out: str = ""  # run folder; empty makes a temporary one
     data: str = ""  # folder of prepared data; empty makes a tiny one
@@ -31,6 +31,17 @@ class TrainJob(Config):
     kv_heads: Annotated[int, Ge(1)] = 2
     intermediate_size: Annotated[int, Ge(8)] = 64
     max_length: Annotated[int, Ge(8)] = 512  # positions the model can have
+
+    def shape(self) -> dict[str, Any]:
+        "The model's shape, as fields of `llmkit.models.factory.ModelConfig`."
+        names = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
+        return {n: getattr(self, n) for n in names}
+
+# %% ../../nbs/training/00_job.ipynb #9209ed82
+@dataclass(kw_only=True)
+class Pretraining(Shape):
+    "A run's pretraining."
+
     length: Annotated[int, Ge(8)] = 48  # tokens in a training row
     batch_size: Annotated[int, Ge(1)] = 8  # rows in a step
     steps: Annotated[int, Ge(0)] = 30  # of pretraining
@@ -40,6 +51,12 @@ class TrainJob(Config):
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.6  # share of the steps in which the rate falls to zero
     mix: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of instruction rows in the late batches
     mix_from: Annotated[float, Interval(ge=0, le=1)] = 0.5  # where they begin, as a share of the steps
+
+# %% ../../nbs/training/00_job.ipynb #65397be7
+@dataclass(kw_only=True)
+class TrainJob(Pretraining):
+    "Parameters of train_model."
+
     sft_steps: Annotated[int, Ge(0)] = 10  # of fine-tuning; 0 leaves it out
     sft_batch: Annotated[int, Ge(1)] = 8  # pairs in a step
     sft_length: Annotated[int, Ge(8)] = 256  # tokens; longer pairs are left out
@@ -49,11 +66,6 @@ class TrainJob(Config):
     sft_holes: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of holes to fill among the fine-tuning examples
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic; auto looks at the processor
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 keeps only the end of each phase
-
-    def shape(self) -> dict[str, Any]:
-        "The model's shape, as fields of `llmkit.models.factory.ModelConfig`."
-        names = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
-        return {n: getattr(self, n) for n in names}
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:

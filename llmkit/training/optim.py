@@ -5,13 +5,14 @@
 # %% ../../nbs/training/01a_optim.ipynb #6a6c5ebb
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 # %% auto #0
-__all__ = ['split_parameters', 'make_optimizers', 'wsd', 'set_rate', 'resolve_precision', 'arithmetic']
+__all__ = ['split_parameters', 'make_optimizers', 'wsd', 'set_rate', 'bf16_pays', 'resolve_precision', 'arithmetic']
 
 # %% ../../nbs/training/01a_optim.ipynb #735358d5
 def split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -56,12 +57,19 @@ def set_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
             group.setdefault("base_lr", group["lr"])
             group["lr"] = group["base_lr"] * factor
 
+# %% ../../nbs/training/01a_optim.ipynb #7846abf0
+def bf16_pays(
+    cpu: Mapping[str, Any],  # as `torch.cpu.get_capabilities` describes a processor
+) -> bool:
+    "Whether bfloat16 matrix products are faster than float32 ones on the processor `cpu`."
+    return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in str(cpu.get("cpu_name"))))
+
 # %% ../../nbs/training/01a_optim.ipynb #17db43aa
 def resolve_precision(wanted: Literal["auto", "fp32", "bf16"] = "auto") -> str:
-    "`fp32` or `bf16`; `auto` takes bf16 only where the processor has matrix units (AMX) for it."
+    "`fp32` or `bf16`; `auto` takes bf16 only where it is faster on this processor."
     if wanted != "auto":
         return wanted
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+    return "bf16" if bf16_pays(torch.cpu.get_capabilities()) else "fp32"
 
 # %% ../../nbs/training/01a_optim.ipynb #be95ebf1
 def arithmetic(precision: str) -> AbstractContextManager[object]:
