@@ -214,17 +214,16 @@ def plot_evidence(result: RolloutResult) -> Any:
     fig = Figure(figsize=(7, 3.0), layout="constrained")
     ax = fig.subplots()
     x = [0] + [h["total"] for h in result.history]
-    for key, alpha, word, color, side in (
-        ("harm", result.alpha, "roll back", "#d1495b", 0.0),
-        ("safe", result.promote_alpha, "promote", "#2e7d5b", 1.0),
+    for key, alpha, word, color in (
+        ("harm", result.alpha, "roll back", "#d1495b"),
+        ("safe", result.promote_alpha, "promote", "#2e7d5b"),
     ):
         y = [0.0] + [max(h[key], -4) for h in result.history]
         ax.plot(x, y, color=color, marker=".", label=f"evidence to {word}")
         ax.axhline(-math.log10(alpha), color=color, ls="--", lw=1)
-        at, ha = (side, -math.log10(alpha)), ("left", "right")[int(side)]
-        how: dict[str, Any] = {"xytext": (3 - 6 * side, 2), "textcoords": "offset points"}
-        how["xycoords"] = ("axes fraction", "data")
-        ax.annotate(f"{word} at {1 / alpha:g}", at, color=color, ha=ha, va="bottom", fontsize=8, **how)
+        at = (1.01, -math.log10(alpha))  # beside the axes, where no curve goes
+        how: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": color}
+        ax.annotate(f"{word} at {1 / alpha:g}", at, annotation_clip=False, **how)
     ax.margins(y=0.12)
     ax.set(xlabel="labelled requests in the canary stage", ylabel="e-value, log10", title=f"verdict: {result.verdict}")
     fig.legend(frameon=False, loc="outside lower center", ncols=2)

@@ -13,7 +13,8 @@ from typing import Any
 
 # %% ../../nbs/monitoring/10a_units.ipynb #59b94558
 _SHARES = ("rate", "share", "accuracy", "exact_match", "kv_used", "evidence")
-_ENDS = {"_per_s": "/s", "rps": "requests/s", "_ms": "ms", "_us": "µs", "seconds": "s", "_s": "s", "loss": "nats"}
+_RATE = re.compile(r"(?:^|_)([a-z]+)_per_s(?:_(\d+))?$")  # decode_tokens_per_s_8: tokens/s, 8 sequences together
+_ENDS = {"rps": "requests/s", "_ms": "ms", "_us": "µs", "seconds": "s", "_s": "s", "loss": "nats"}
 _ENDS |= {"logprob": "nats", "entropy": "nats", "bytes": "bytes"}
 
 # %% ../../nbs/monitoring/10a_units.ipynb #fe523662
@@ -22,6 +23,8 @@ def unit_of(name: str) -> str:
     low = name.lower()
     if low.endswith(_SHARES) or low.startswith(("accuracy", "share")):
         return "%"
+    if rate := _RATE.search(low):
+        return f"{rate[1]}/s"
     return next((unit for end, unit in _ENDS.items() if low.endswith(end)), "")
 
 # %% ../../nbs/monitoring/10a_units.ipynb #37920b41
@@ -44,5 +47,7 @@ def number(value: Any, unit: str = "") -> str:
 # %% ../../nbs/monitoring/10a_units.ipynb #81d7b1c4
 def words(name: str) -> str:
     "A name as people write it: without underscores, and without the unit that is shown beside it."
-    short = re.sub(r"_(s|ms|us)$", "", name) if not name.endswith("_per_s") else name.removesuffix("_per_s")
-    return escape(short.replace("_", " "))
+    if rate := _RATE.search(name):
+        short = name[: rate.start()] or "speed"
+        return escape(short.replace("_", " ") + (f", batch of {rate[2]}" if rate[2] else ""))
+    return escape(re.sub(r"_(s|ms|us)$", "", name).replace("_", " ") if name != "rps" else "throughput")
