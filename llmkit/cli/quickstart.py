@@ -101,6 +101,7 @@ NUMBERS = {
     " {greedy_equal:.0f} of {greedy_prompts:.0f}",
     "monitor_model": "{requests:.0f} requests, {error_rate:.1%} errors, first token p95 {ttft_p95_s:.3f} s",
     "rollout_model": "damaged back after {damaged_requests:.0f} requests, healthy out after {healthy_requests:.0f}",
+    "write_report": "{stages:.0f} stages, {misses:.0f} bounds missed, {report_bytes:,.0f} bytes",
 }
 
 # %% ../../nbs/cli/03_quickstart.ipynb #b8c2bce4
