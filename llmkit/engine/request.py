@@ -5,28 +5,32 @@
 # %% ../../nbs/engine/00_request.ipynb #89eae1bd
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf
+from typing import Any, Literal
 
 from ..core.errors import ConfigError
 
 # %% auto #0
-__all__ = ['Finish', 'broken_rule', 'SamplingParams', 'Request', 'TokenLogprob', 'Output']
+__all__ = ['RULES', 'Finish', 'SamplingParams', 'check_params', 'Request', 'TokenLogprob', 'Output']
 
 # %% ../../nbs/engine/00_request.ipynb #fcdc64e7
-def broken_rule(
-    max_tokens: int, temperature: float, top_p: float, top_k: int, logprobs: int, prompt_logprobs: int
-) -> str:
-    "The first sampling setting that is out of range, in words; an empty string if all are fine."
-    rules = [
-        (max_tokens >= 1 or (max_tokens == 0 and prompt_logprobs > 0), "max_tokens", max_tokens, "at least 1"),
-        (0 <= temperature < float("inf"), "temperature", temperature, "0 (greedy) or a positive number"),
-        (0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1"),
-        (top_k >= 0, "top_k", top_k, "0 (all tokens) or more"),
-        (logprobs >= 0, "logprobs", logprobs, "0 (none) or more"),
-        (prompt_logprobs >= 0, "prompt_logprobs", prompt_logprobs, "0 (none) or more"),
-    ]
-    return next((f"{name} = {value!r} must be {allowed}" for fine, name, value, allowed in rules if not fine), "")
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_tokens": (lambda v: v >= 0, "0 or more"),
+    "min_tokens": (lambda v: v >= 0, "0 or more"),
+    "temperature": (lambda v: 0 <= v < inf, "0 (greedy) or a positive number"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "top_k": (lambda v: v >= 0, "0 (all tokens) or more"),
+    "min_p": (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "repetition_penalty": (lambda v: 0 < v < inf, "a positive number, 1 for none"),
+    "presence_penalty": (lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "frequency_penalty": (lambda v: -2 <= v <= 2, "between -2 and 2"),
+    "logit_bias": (lambda v: all(-100 <= b <= 100 for b in v.values()), "token id -> a number between -100 and 100"),
+    "logprobs": (lambda v: v >= 0, "0 (none) or more"),
+    "prompt_logprobs": (lambda v: v >= 0, "0 (none) or more"),
+    "seed": (lambda v: v is None or v >= 0, "0 or more, or nothing for a random one"),
+}
 
 # %% ../../nbs/engine/00_request.ipynb #63a4c00b
 @dataclass(slots=True)
@@ -34,23 +38,36 @@ class SamplingParams:
     "How to choose tokens for one request and when to stop; raises `ConfigError` for a value out of range."
 
     max_tokens: int = 16
+    min_tokens: int = 0  # before these, no end-of-sequence or stop token
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0  # tokens below this share of the best one's probability are left out
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()  # stop as an end-of-sequence token does, also with ignore_eos
     ignore_eos: bool = False
     logprobs: int = 0
     prompt_logprobs: int = 0
+    grammar: str = ""
 
     def __post_init__(self) -> None:
-        why = broken_rule(
-            self.max_tokens, self.temperature, self.top_p, self.top_k, self.logprobs, self.prompt_logprobs
-        )
-        if why:
-            raise ConfigError(why, "change the sampling settings of this request")
-        if self.seed is not None and self.seed < 0:
-            raise ConfigError(f"seed = {self.seed} must be 0 or more", "or leave it out for a random one")
+        check_params(self)
+
+# %% ../../nbs/engine/00_request.ipynb #a15be52e
+def check_params(params: SamplingParams) -> None:
+    "Raise `ConfigError` for the first setting that breaks its rule."
+    for name, (fine, allowed) in RULES.items():
+        value = getattr(params, name)
+        if not fine(value):
+            raise ConfigError(f"{name} = {value!r} must be {allowed}", "change the sampling settings of this request")
+    if not params.max_tokens and not params.prompt_logprobs:
+        raise ConfigError("max_tokens = 0 must be at least 1", "or ask for prompt_logprobs")
+    if params.min_tokens > params.max_tokens:
+        raise ConfigError(f"min_tokens = {params.min_tokens} is above max_tokens = {params.max_tokens}", "lower it")
 
 # %% ../../nbs/engine/00_request.ipynb #6e2ed7a9
 @dataclass(slots=True)
@@ -60,6 +77,8 @@ class Request:
     id: str
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    adapter: str = ""
 
 # %% ../../nbs/engine/00_request.ipynb #5ac6bd0f
 @dataclass(slots=True)
@@ -83,3 +102,4 @@ class Output:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None  # in the first output only; None for the first position
     finish: Finish | None = None
+    cached: int = 0  # in the first output: prompt tokens that came from the prefix cache
