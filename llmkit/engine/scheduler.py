@@ -27,6 +27,7 @@ class Sequence:
     read: int = 0  # tokens whose keys and values are in the slot
     cached: int = 0  # of those, how many came from the prefix cache at first
     tokens: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the prompt's whole blocks
     scores: list[TokenLogprob | None] = field(default_factory=list)  # of the prompt, if asked for
     place: int = 0  # in order of arrival
 
@@ -63,7 +64,7 @@ def pieces_a_step(
     "How many pieces of prompts to read in a step."
     return alone if not decoding else max(1, reading // 4)
 
-# %% ../../nbs/engine/03_scheduler.ipynb #90735739
+# %% ../../nbs/engine/03_scheduler.ipynb #857b5268
 class Queue:
     "Waiting and running sequences by request id."
 
