@@ -36,7 +36,7 @@ def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
     if bad := next((t for t in request.prompt if not 0 <= t < vocab_size), None):
         raise DataError(f"request {request.id!r} has token id {bad}", f"ids go from 0 to {vocab_size - 1}")
 
-# %% ../../nbs/engine/05_engine.ipynb #066517a5
+# %% ../../nbs/engine/05_engine.ipynb #b427fb9b
 def check_able(request: Request, able: Capabilities) -> None:
     "Raise `ConfigError` that names the setting of `request` that the runner cannot honour."
     p = request.params
@@ -81,7 +81,7 @@ class Batch:
     sequences: list[Sequence]
     logits: np.ndarray
 
-# %% ../../nbs/engine/05_engine.ipynb #c2e95095
+# %% ../../nbs/engine/05_engine.ipynb #b271f1b4
 def score_piece(sequence: Sequence, logits: np.ndarray) -> None:
     "Add the log probabilities of the prompt tokens that follow the piece's positions (logits [n, V])."
     prompt, scores = sequence.request.prompt, sequence.scores
@@ -90,7 +90,7 @@ def score_piece(sequence: Sequence, logits: np.ndarray) -> None:
     wanted = prompt[len(scores) : sequence.read + 1 + len(logits)]
     scores += token_logprobs(logits[skip : skip + len(wanted)], wanted, sequence.request.params.prompt_logprobs)
 
-# %% ../../nbs/engine/05_engine.ipynb #f2c086bc
+# %% ../../nbs/engine/05_engine.ipynb #c8337889
 def read_piece(runner: Runner, cache: PrefixCache, sequence: Sequence) -> np.ndarray:
     "Read the next piece of a prompt; logits [1, V] after it."
     ids, start, request = sequence.piece(), sequence.read, sequence.request
@@ -163,6 +163,7 @@ class Intake:
         self.cache = PrefixCache(prefix_bytes if self.able.prefix_cache else 0)
         self.stats = StepStats()
         self.aborted: list[Output] = []  # not yet reported
+        self.admitted: list[str] = []  # ids that the latest step gave a slot
 
     def add(self, request: Request) -> None:
         "Queue a request; `DataError` or `ConfigError` if it can never run or its id is in use."
@@ -192,7 +193,7 @@ class Intake:
         "Whether a step has something to do."
         return bool(self.scheduler.running or self.scheduler.waiting or self.aborted)
 
-# %% ../../nbs/engine/05_engine.ipynb #46bbdc65
+# %% ../../nbs/engine/05_engine.ipynb #728b9bad
 def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -> None:
     "Write the blocks that the cache holds of a sequence's prompt into its slot."
     request = sequence.request
@@ -224,6 +225,7 @@ class Engine(Intake):
         plan = self.scheduler.plan()
         for slot in plan.preempted:
             self.runner.free(slot)
+        self.admitted = [s.request.id for s in plan.admitted]
         for sequence in plan.admitted:
             restore(self.runner, self.cache, self.salt, sequence)
         return plan
