@@ -15,8 +15,9 @@ from .penalties import Penalties, has_penalties
 from .request import SamplingParams, TokenLogprob
 
 # %% auto #0
-__all__ = ['BLOCK', 'SHORT', 'greedy', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw', 'sample', 'Sampler',
-           'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs', 'prompt_logprobs']
+__all__ = ['BLOCK', 'SHORT', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw',
+           'sample', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs',
+           'prompt_logprobs']
 
 # %% ../../nbs/engine/01_sampling.ipynb #49d84c73
 def greedy(
@@ -28,21 +29,29 @@ def greedy(
         raise ModelError("the model returned logits that are not finite", "check its weights, they look damaged")
     return tokens.tolist()
 
-# %% ../../nbs/engine/01_sampling.ipynb #484ec0c0
+# %% ../../nbs/engine/01_sampling.ipynb #0b8b080f
 BLOCK = 256
 
 
+def first_past(
+    weights: np.ndarray,  # [n], 0 or more, not all 0
+    goal: float,
+) -> int:
+    "The first place at which the cumulative weight is more than `goal`."
+    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    goal = min(goal, np.nextafter(blocks[-1], 0))
+    block = int(np.searchsorted(blocks, goal, side="right"))
+    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    rest = min(goal - (blocks[block - 1] if block else 0.0), np.nextafter(inside[-1], 0))
+    return block * BLOCK + int(np.searchsorted(inside, rest, side="right"))
+
+# %% ../../nbs/engine/01_sampling.ipynb #484ec0c0
 def invert(
     weights: np.ndarray,  # [n], need not sum to 1
     uniform: float,  # in [0, 1)
 ) -> int:
     "The place at which the cumulative weight passes the uniform number's share of the total."
-    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
-    goal = uniform * blocks[-1]
-    block = int(np.searchsorted(blocks, goal, side="right"))
-    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    rest = goal - (blocks[block - 1] if block else 0.0)
-    return block * BLOCK + int(np.searchsorted(inside, min(rest, np.nextafter(inside[-1], 0)), side="right"))
+    return first_past(weights, uniform * float(weights.sum(dtype=np.float64)))
 
 # %% ../../nbs/engine/01_sampling.ipynb #76a1c5f2
 def soften(
@@ -63,11 +72,10 @@ def count_kept(
     "How many of the best tokens the filters keep, at least 1."
     kept = min(params.top_k or len(weights), len(weights))
     if params.top_p < 1:
-        reached = np.cumsum(weights[:kept])
-        share = params.top_p * (reached[-1] if params.top_k else total)
-        kept = min(kept, int(np.searchsorted(reached, share)) + 1)
+        goal = params.top_p * (float(weights[:kept].sum()) if params.top_k else total)
+        kept = min(kept, first_past(weights[:kept], np.nextafter(goal, 0)) + 1)  # the place that reaches it
     if params.min_p > 0:
-        kept = min(kept, int(np.searchsorted(-weights, -params.min_p, side="right")))
+        kept = min(kept, len(weights) - int(np.searchsorted(weights[::-1], params.min_p)))
     return kept
 
 # %% ../../nbs/engine/01_sampling.ipynb #e97739e6
@@ -80,7 +88,7 @@ def best_values(
     return np.sort(row[row >= floor])[::-1]
 
 # %% ../../nbs/engine/01_sampling.ipynb #97273cb2
-SHORT = 1024
+SHORT = 4096
 
 
 def shortlist(
@@ -114,8 +122,8 @@ def draw(
     values = shortlist(row, best, params, total)
     weights = soften(values.astype(np.float64), best, params.temperature)
     place = invert(weights[: count_kept(weights, params, total)], uniform)
-    equals = place - int(np.searchsorted(-values, -values[place]))  # how many with this logit come before it
-    return int(np.flatnonzero(row == values[place])[equals])
+    larger = len(values) - int(np.searchsorted(values[::-1], values[place], side="right"))
+    return int(np.flatnonzero(row == values[place])[place - larger])
 
 # %% ../../nbs/engine/01_sampling.ipynb #8636b083
 def sample(
