@@ -101,8 +101,7 @@ class Matcher:
 
     def accept(self, token: int) -> None:
         "Move on by a token."
-        if not self.finished:
-            self.matcher.consume_token(token)
+        self.matcher.consume_token(token)
 
 # %% ../../nbs/engine/01b_grammar.ipynb #b2df1981
 class GrammarCompiler:

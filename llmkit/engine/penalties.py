@@ -58,7 +58,7 @@ def has_penalties(params: SamplingParams) -> bool:
 # %% ../../nbs/engine/01a_penalties.ipynb #01f50f09
 LARGE = 1e30  # no logit comes near, and the difference of two still fits float32
 
-
+# %% ../../nbs/engine/01a_penalties.ipynb #bd5ad523
 class Penalties:
     "What one request holds against tokens: its bias, and what it has seen."
 

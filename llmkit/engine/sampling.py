@@ -29,7 +29,7 @@ def greedy(
         raise ModelError("the model returned logits that are not finite", "check its weights, they look damaged")
     return tokens.tolist()
 
-# %% ../../nbs/engine/01_sampling.ipynb #0b8b080f
+# %% ../../nbs/engine/01_sampling.ipynb #9cb0b2f8
 BLOCK = 256
 
 
