@@ -45,8 +45,10 @@ from llmkit.serving.state import (
     authorise,
     dead,
     drop_revision,
+    enter,
     feedback,
     finish,
+    reserve,
     route,
     set_route,
     unready,
@@ -56,13 +58,15 @@ from llmkit.serving.state import (
 async def generate(request: HttpRequest) -> Response:
     "`POST /v1/completions` and `/v1/chat/completions`."
     state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"))
+    who = authorise(state, request.headers.get("authorization"))
     call = new_call(request.url.path)
     try:
+        enter(state, call, who)
         body = await read_body(request, state.cfg.max_body)
         asked = decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
         session = request.headers.get("x-session-id") or asked.user or ""
         await prepare(call, asked, route(state, call, asked.model, session), len(body))
+        reserve(state, call)
         if asked.stream:
             usage_too = bool(asked.stream_options and asked.stream_options.include_usage)
             done = lambda c, e: finish(state, c, e)  # noqa: E731

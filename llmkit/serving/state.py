@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..core.errors import LLMKitError
 from ..monitoring.metrics import ServerMetrics
 from ..monitoring.requestlog import RequestLog
-from ..security.access import KeyStore, check_key, new_key
+from ..security.access import KeyStore, Limits, Principal, new_key
+from ..security.limits import LimitError, RateLimiter
 from .calls import Call, count, row_of
 from .config import ServeConfig
 from .protocol import ApiError
@@ -21,8 +24,16 @@ from .revisions import Revision, Revisions, load_revision
 from .router import Router, UnknownModel
 
 # %% auto #0
-__all__ = ['STALL_S', 'State', 'authorise', 'route', 'finish', 'dead', 'unready', 'set_route', 'add_revision', 'drop_revision',
-           'feedback']
+__all__ = ['ADMIN', 'STALL_S', 'Visit', 'State', 'authorise', 'charge', 'enter', 'reserve', 'route', 'finish', 'dead', 'unready',
+           'set_route', 'add_revision', 'drop_revision', 'feedback']
+
+# %% ../../nbs/serving/05b_state.ipynb #b204cd8d
+@dataclass(slots=True)
+class Visit:
+    "What is remembered of a call until it ends."
+
+    who: Principal
+    reserved: int = 0  # tokens taken from the key's limit
 
 # %% ../../nbs/serving/05b_state.ipynb #613a130e
 class State:
@@ -31,7 +42,9 @@ class State:
     def __init__(self, cfg: ServeConfig, load: Callable[..., Revision] = load_revision) -> None:
         self.cfg, self.metrics, self.router = cfg, ServerMetrics(), Router()
         self.keys, self.admin_key = cfg.keys(), cfg.admin_key or new_key()
-        self.admin = KeyStore({"admin": self.admin_key})
+        self.admin, self.limiter = KeyStore({"admin": self.admin_key}), RateLimiter()
+        self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
+        self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
         self.revisions = Revisions(load, cfg, self.metrics)
         self.log = RequestLog(cfg.log) if cfg.log else None
         self.ready, self.draining, self.failure = False, False, ""
@@ -57,16 +70,46 @@ class State:
             await asyncio.to_thread(self.log.close)
 
 # %% ../../nbs/serving/05b_state.ipynb #b0cfcf33
-def authorise(state: State, header: str | None, admin: bool = False) -> None:
-    "Pass, or ApiError 401 (no valid key) or 403 (a valid key, but not the administrator's)."
-    if check_key(header, state.admin):
-        return
-    known = check_key(header, state.keys)
+def authorise(state: State, header: str | None, admin: bool = False) -> Principal:
+    "Who sends this, or ApiError 401 (no valid key) or 403 (a valid key, but not the administrator's)."
+    if state.admin.who(header):
+        return ADMIN
+    who = state.keys.who(header)
     if admin:
-        say = "this needs the admin key" if known else "the admin key is missing or wrong"
-        raise ApiError(403 if known else 401, say, code="admin_key_required")
-    if len(state.keys) and not known:
+        say = "this needs the admin key" if who else "the admin key is missing or wrong"
+        raise ApiError(403 if who else 401, say, code="admin_key_required")
+    if len(state.keys) and not who:
         raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
+    return who or state.anonymous
+
+# %% ../../nbs/serving/05b_state.ipynb #dea0dd03
+ADMIN = Principal("admin", admin=True)
+
+# %% ../../nbs/serving/05b_state.ipynb #97389419
+def charge(state: State, who: Principal, limit: str, amount: float) -> None:
+    "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
+    try:
+        state.limiter.take(who, limit, amount)
+    except LimitError as e:
+        state.metrics.own["rate_limited"].labels(who.name, limit).inc()
+        if e.retry_after is None:
+            raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
+        raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
+
+# %% ../../nbs/serving/05b_state.ipynb #a777b455
+def enter(state: State, call: Call, who: Principal) -> None:
+    "Let a call of `who` in; 429 if the key has sent enough for a minute."
+    state.inside[call] = Visit(who)
+    charge(state, who, "rpm", 1)
+
+# %% ../../nbs/serving/05b_state.ipynb #f8695686
+def reserve(state: State, call: Call) -> None:
+    "Set aside the tokens that a prepared call may use; 429 if the key has not that many left."
+    visit = state.inside.get(call)
+    if visit is not None:
+        tokens = sum(len(p.ids) for p in call.prompts) + sum(c.request.params.max_tokens for c in call.choices)
+        charge(state, visit.who, "tpm", tokens)
+        visit.reserved = tokens
 
 # %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
 def route(state: State, call: Call, model: str, session: str) -> Revision:
@@ -90,7 +133,10 @@ def finish(state: State, call: Call, error: ApiError | None = None) -> None:
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    row = row_of(call, state.cfg.log_text)
+    row, visit = row_of(call, state.cfg.log_text), state.inside.pop(call, None)
+    if visit is not None and visit.reserved:
+        used = row.prompt_tokens + row.completion_tokens if call.tickets else 0
+        state.limiter.settle(visit.who, visit.reserved, used)
     count(call, row)
     state.metrics.http.labels(call.endpoint, str(call.status)).inc()
     if state.log and call.keep:
