@@ -12,7 +12,8 @@ import queue
 import sqlite3
 import threading
 import time
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,10 @@ class RequestRow:
     completion: str = ""  # masked text
     mean_logprob: float | None = None  # of the generated tokens, natural logarithm
     error: str = ""
+    source: str = ""  # 'cache': given again without the engine; 'shadow': a copy, its reply thrown away
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #ab8a859b
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL", float | None: "REAL"}
 COLUMNS = [f.name for f in fields(RequestRow)]
 
@@ -70,7 +72,9 @@ def open_log(path: str | Path) -> sqlite3.Connection:
     try:
         version = con.execute("PRAGMA user_version").fetchone()[0]
         tables = con.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables and version != SCHEMA_VERSION:
+        if version == 1:
+            con.execute("ALTER TABLE requests ADD COLUMN source TEXT DEFAULT ''")  # the one thing that version 2 added
+        elif tables and version != SCHEMA_VERSION:
             raise DataError(f"{path} is not a request log of schema {SCHEMA_VERSION}", "name a new file")
         con.execute("PRAGMA journal_mode = WAL")
         con.execute("PRAGMA synchronous = NORMAL")
@@ -87,12 +91,13 @@ def open_log(path: str | Path) -> sqlite3.Connection:
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #e178fcd2
 _INSERT = f"INSERT OR IGNORE INTO requests VALUES ({', '.join('?' * len(COLUMNS))})"
+_values = attrgetter(*COLUMNS)  # `dataclasses.astuple` copies every value: ten times the work
 _LABEL = "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)"
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #7e02d1ce
 def write_batch(con: sqlite3.Connection, items: list[RequestRow | tuple]) -> int:
     "Write rows and labels (request_id, name, value, time) in one transaction; the number of rows whose id was new."
-    rows = [astuple(i) for i in items if isinstance(i, RequestRow)]
+    rows = [_values(i) for i in items if isinstance(i, RequestRow)]
     labels = [i for i in items if isinstance(i, tuple)]
     with con:
         before = con.total_changes
@@ -232,6 +237,7 @@ def read_requests(
     since: float = 0.0,  # seconds since the epoch
     revision: str | None = None,
     alias: str | None = None,
+    shadows: bool = False,  # also the rows of copies that nobody was answered with
 ) -> list[dict[str, Any]]:
     "The rows of a log, oldest first, each a dict of `RequestRow`'s fields and `labels`: {name: value}."
     tests, args = ["time >= ?"], [since]
@@ -241,7 +247,8 @@ def read_requests(
             args.append(value)  # type: ignore[arg-type]
     con = _connect_readonly(Path(path))
     try:
-        return _select(con, "WHERE " + " AND ".join(tests), args)
+        rows = _select(con, "WHERE " + " AND ".join(tests), args)
+        return [r for r in rows if shadows or r.get("source") != "shadow"]
     except sqlite3.DatabaseError as e:
         raise DataError(f"{path} cannot be read as a request log: {e}", "name the --log file of a server") from e
     finally:
