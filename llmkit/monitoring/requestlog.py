@@ -13,6 +13,7 @@ import sqlite3
 import threading
 import time
 from dataclasses import dataclass, fields
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def open_log(path: str | Path) -> sqlite3.Connection:
     return con
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #e178fcd2
-_INSERT = f"INSERT OR IGNORE INTO requests VALUES ({', '.join('?' * len(COLUMNS))})"
+_ROW = f"({', '.join('?' * len(COLUMNS))})"
+_MANY = 500  # rows in a statement
 _values = attrgetter(*COLUMNS)  # `dataclasses.astuple` copies every value: ten times the work
 _LABEL = "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)"
 
@@ -101,7 +103,8 @@ def write_batch(con: sqlite3.Connection, items: list[RequestRow | tuple]) -> int
     labels = [i for i in items if isinstance(i, tuple)]
     with con:
         before = con.total_changes
-        con.executemany(_INSERT, rows)
+        for part in (rows[i : i + _MANY] for i in range(0, len(rows), _MANY)):
+            con.execute(f"INSERT OR IGNORE INTO requests VALUES {', '.join([_ROW] * len(part))}", list(chain(*part)))
         new = con.total_changes - before
         con.executemany(_LABEL, labels)
     return new
@@ -112,11 +115,10 @@ def take_batch(q: queue.Queue, gather_s: float, limit: int) -> tuple[list, bool]
     items = [q.get()]
     if items[0] is not None and gather_s:
         time.sleep(gather_s)
-    while len(items) < limit and items[-1] is not None:
-        try:
-            items.append(q.get_nowait())
-        except queue.Empty:
-            break
+    with q.mutex:  # once for all of them: under load, a lock an item costs more than writing the items
+        while len(items) < limit and items[-1] is not None and q.queue:
+            items.append(q.queue.popleft())
+        q.not_full.notify()
     last = items[-1] is None
     return (items[:-1] if last else items), last
 
@@ -188,9 +190,9 @@ class RequestLog(BatchWriter):
     def __init__(
         self,
         path: str | Path,
-        capacity: int = 10_000,  # items that may wait; more are dropped and counted
+        capacity: int = 20_000,  # items that may wait; more are dropped and counted
         gather_s: float = 0.05,  # how long a batch gathers: what a reader may be behind
-        limit: int = 1_000,  # items in a transaction
+        limit: int = 5_000,  # items in a transaction
     ) -> None:
         super().__init__(path, capacity, gather_s, limit)
 
