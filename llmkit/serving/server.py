@@ -27,9 +27,11 @@ __all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', '
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
-from .calls import new_call, prepare, run
+from .answer import answer
+from .calls import new_call, prepare
 from .config import ServeConfig, bind
-from .http import error_response, json_response, read_body, reply_headers, streamed, whole, with_client
+from .fastpath import FastPath
+from .http import error_response, json_response, read_body, reply_headers
 from llmkit.serving.protocol import (
     ApiError,
     ChatRequest,
@@ -45,8 +47,10 @@ from llmkit.serving.state import (
     authorise,
     dead,
     drop_revision,
+    enter,
     feedback,
     finish,
+    measure,
     route,
     set_route,
     unready,
@@ -56,20 +60,15 @@ from llmkit.serving.state import (
 async def generate(request: HttpRequest) -> Response:
     "`POST /v1/completions` and `/v1/chat/completions`."
     state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"))
+    who = authorise(state, request.headers.get("authorization"))
     call = new_call(request.url.path)
     try:
+        enter(state, call, who)
         body = await read_body(request, state.cfg.max_body)
         asked = decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
         session = request.headers.get("x-session-id") or asked.user or ""
         await prepare(call, asked, route(state, call, asked.model, session), len(body))
-        if asked.stream:
-            usage_too = bool(asked.stream_options and asked.stream_options.include_usage)
-            done = lambda c, e: finish(state, c, e)  # noqa: E731
-            return await streamed(request, call, usage_too, state.cfg.timeout_s, done)
-        await with_client(request, run(call), state.cfg.timeout_s)
-        finish(state, call)
-        return whole(call)
+        return await answer(request, state, call, asked, body)
     except ApiError as e:
         finish(state, call, e)
         return error_response(e, reply_headers(call))
@@ -114,6 +113,7 @@ async def scrape(request: HttpRequest) -> Response:
     state: State = request.app.state.llmkit
     for revision in state.loaded.values():
         revision.metrics.step(*revision.loop.load())
+    measure(state)
     return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 # %% ../../nbs/serving/06_server.ipynb #8adc8cca
@@ -242,7 +242,9 @@ def run_server(cfg: ServeConfig) -> None:
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
     how = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning", "access_log": False}
     drain = int(cfg.drain_s) + 1
-    server = Server(uvicorn.Config(app, **how, server_header=False, timeout_graceful_shutdown=drain))  # type: ignore[arg-type]
+    server = Server(
+        uvicorn.Config(FastPath(app, app.state.llmkit), **how, server_header=False, timeout_graceful_shutdown=drain)
+    )  # type: ignore[arg-type]
     if cfg.exit_with_stdin:
         end_with_stdin()
     server.run(sockets=[sock])
