@@ -103,7 +103,7 @@ def reply_length(request: Shared, prompt: Prompt, room: int) -> int:
     return asked
 
 # %% ../../nbs/serving/05a_calls.ipynb #6ac90434
-SAME = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "logit_bias")
+SAME: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "logit_bias")
 SAME += ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 # %% ../../nbs/serving/05a_calls.ipynb #ece78ca2
@@ -205,27 +205,34 @@ async def steps(call: Call) -> AsyncIterator[list[Step]]:
             items = [await box.get()]
             while not box.empty():
                 items.append(box.get_nowait())
-            made = [step for item in items if (step := take(call, open_, item))]
+            made: dict[str, Step] = {}
+            for item in items:
+                take(call, open_, item, made)
             call.first_s = call.first_s or time.perf_counter() - call.began
             if made:
-                yield made
+                yield list(made.values())
+            for choice, _, _ in made.values():
+                choice.events.clear()
             if failed := next((item for item in items if isinstance(item, tuple)), None):
                 raise failed[1]
     finally:
         for request_id in open_:
             loop.abort(request_id)
 
-# %% ../../nbs/serving/05a_calls.ipynb #fe71c556
-def take(call: Call, open_: dict[str, Choice], item: Output | tuple[str, ApiError]) -> Step | None:
-    "Give an output to its choice, and forget the choice when it is finished."
+# %% ../../nbs/serving/05a_calls.ipynb #4d78c1c4
+def take(call: Call, open_: dict[str, Choice], item: Output | tuple[str, ApiError], made: dict[str, Step]) -> None:
+    "Give an output to its choice, add it to what was `made`, and forget the choice when it is finished."
     if isinstance(item, tuple) or (choice := open_.get(item.request_id)) is None:
-        return None
+        return
     shown = choice.take(item)
     if choice.finish:
         del open_[item.request_id]
         if not item.finish and call.revision is not None:
             call.revision.loop.abort(item.request_id)  # what the text side ended, the engine would go on with
-    return choice, shown, item
+    if before := made.get(item.request_id):
+        _, text, out = before
+        shown, item = text + shown, Output(out.request_id, out.tokens + item.tokens, out.logprobs + item.logprobs)
+    made[item.request_id] = choice, shown, item
 
 # %% ../../nbs/serving/05a_calls.ipynb #fc055f5c
 async def run(call: Call) -> None:

@@ -31,7 +31,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)  # what the reader found in the latest step
+    events: list[Event] = field(default_factory=list)  # what the reader found and nobody has written yet
     finish: str | None = None
     cached: int = 0  # prompt tokens that were not computed again
 
@@ -55,7 +55,7 @@ class Choice:
     def read(self, text: str) -> str:
         "Let the reader look for calls in `text`, and end the choice when it has all that may come."
         assert self.reader is not None
-        self.events = self.reader.add(text, last=self.finish is not None)
+        self.events += self.reader.add(text, last=self.finish is not None)
         self.finish = self.finish or ("stop" if self.reader.done else None)
         return text
 

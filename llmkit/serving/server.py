@@ -28,11 +28,11 @@ __all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', '
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
 from .calls import new_call, prepare, run
+from .chat import ChatRequest
 from .config import ServeConfig, bind
 from .http import error_response, json_response, read_body, reply_headers, streamed, whole, with_client
 from llmkit.serving.protocol import (
     ApiError,
-    ChatRequest,
     CompletionRequest,
     FeedbackRequest,
     RevisionRequest,
