@@ -8,33 +8,30 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.errors import ModelError
+from ..core.errors import ConfigError, DataError, ModelError
 from ..engine.request import Output, Request, SamplingParams, TokenLogprob
 from ..monitoring.metrics import Finished
 from ..monitoring.requestlog import RequestRow
 from ..security.pii import mask
 from .admission import Ticket
-from llmkit.serving.protocol import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Shared,
-    prompts_of,
-    refuse_unsupported,
-    stop_strings,
-)
+from .chat import ChatRequest, check_chat, forced
+from .forms import grammar_of, several
+from .protocol import ApiError, CompletionRequest, Shared, check_shared, prompts_of, stop_strings
 from .replies import Choice, Style, new_choice
 from .revisions import Revision
-from .text import Text, render_chat
+from .text import Text, render_middle
+from .toolcalls import CallReader
+from .tools import offered, render_messages
 
 # %% auto #0
-__all__ = ['LONG', 'Prompt', 'render', 'render_prompt', 'render_aside', 'reply_length', 'sampling', 'style_of', 'Call',
-           'new_call', 'prepare', 'steps', 'run', 'mean_logprob', 'row_of', 'reply_text', 'count']
+__all__ = ['LONG', 'SAME', 'Step', 'Prompt', 'render', 'render_prompt', 'check_ids', 'render_aside', 'reply_length', 'sampling',
+           'style_of', 'reader_of', 'Call', 'new_call', 'prepare', 'check', 'steps', 'take', 'run', 'mean_logprob',
+           'row_of', 'reply_text', 'count']
 
 # %% ../../nbs/serving/05a_calls.ipynb #58debbf6
 @dataclass(slots=True)
@@ -48,33 +45,46 @@ class Prompt:
 def render(request: Shared, text: Text) -> list[Prompt]:
     "The prompts of a request; 400 for token ids out of range, an empty prompt or a model that cannot chat."
     if isinstance(request, ChatRequest):
-        said = [{"role": "system" if m.role == "developer" else m.role, "content": m.text()} for m in request.messages]
         try:
-            return [Prompt(render_chat(text, said), "\n".join(m["content"] for m in said))]
-        except ModelError as e:
-            raise ApiError(400, str(e), "messages", "no_chat_template") from e
+            return [Prompt(*render_messages(request, text))]
+        except (ModelError, DataError) as e:
+            code = "no_chat_template" if isinstance(e, ModelError) else "invalid_value"
+            raise ApiError(400, str(e), "messages", code) from e
     assert isinstance(request, CompletionRequest)
-    found = [render_prompt(p, text) for p in prompts_of(request)]
+    found = [render_prompt(p, text, request.suffix or "") for p in prompts_of(request)]
     if not all(p.ids for p in found):
         raise ApiError(400, "the prompt is empty", "prompt", "invalid_value")
     return found
 
 # %% ../../nbs/serving/05a_calls.ipynb #a25b93a0
-def render_prompt(prompt: str | list[int], text: Text) -> Prompt:
-    "One prompt of a completion request."
-    if isinstance(prompt, str):
-        return Prompt(text.encode(prompt), prompt)
-    if not all(0 <= t < len(text) for t in prompt):
-        raise ApiError(400, f"a token id of the prompt is not between 0 and {len(text) - 1}", "prompt", "invalid_value")
-    return Prompt(prompt, text.decode(prompt))
+def render_prompt(prompt: str | list[int], text: Text, suffix: str = "") -> Prompt:
+    "One prompt of a completion request, with what is to stand behind the reply."
+    ids = text.encode(prompt, special=not suffix) if isinstance(prompt, str) else prompt
+    check_ids("prompt", ids, text)
+    if suffix:
+        try:
+            ids = render_middle(text, ids, suffix)
+        except ModelError as e:
+            raise ApiError(400, str(e), "suffix", "unsupported_parameter") from e
+    return Prompt(ids, prompt if isinstance(prompt, str) else text.decode(prompt))
+
+# %% ../../nbs/serving/05a_calls.ipynb #d440fe49
+def check_ids(param: str, ids: Collection[int], text: Text) -> None:
+    "400 for a token id that the model does not have."
+    if ids and not (min(ids) >= 0 and max(ids) < len(text)):
+        raise ApiError(400, f"a token id of {param} is not between 0 and {len(text) - 1}", param, "invalid_value")
 
 # %% ../../nbs/serving/05a_calls.ipynb #b874d793
 LONG = 4096  # characters from which encoding is worth a thread
 
 # %% ../../nbs/serving/05a_calls.ipynb #e6b0b00f
-async def render_aside(request: Shared, text: Text, size: int) -> list[Prompt]:
-    "`render`, in a thread if the body of `size` bytes is long."
-    return render(request, text) if size < LONG else await asyncio.to_thread(render, request, text)
+async def render_aside(request: Shared, text: Text, size: int) -> tuple[list[Prompt], str]:
+    "The prompts and the grammar of a request, made in a thread if the body of `size` bytes is long."
+
+    def both() -> tuple[list[Prompt], str]:
+        return render(request, text), grammar_of(request)
+
+    return both() if size < LONG else await asyncio.to_thread(both)
 
 # %% ../../nbs/serving/05a_calls.ipynb #6c485478
 def reply_length(request: Shared, prompt: Prompt, room: int) -> int:
@@ -92,23 +102,28 @@ def reply_length(request: Shared, prompt: Prompt, room: int) -> int:
         raise ApiError(400, say, "messages" if chat else "prompt", "context_length_exceeded")
     return asked
 
+# %% ../../nbs/serving/05a_calls.ipynb #6ac90434
+SAME: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "logit_bias")
+SAME += ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
 # %% ../../nbs/serving/05a_calls.ipynb #ece78ca2
-def sampling(request: Shared, length: int, style: Style, choice: int) -> SamplingParams:
-    "The engine's parameters for one choice."
-    temperature = 1.0 if request.temperature is None else request.temperature
+def sampling(request: Shared, length: int, style: Style, choice: int, grammar: str = "") -> SamplingParams:
+    "The engine's parameters for one choice; 400 if they contradict each other."
+    given = {f: v for f in SAME if (v := getattr(request, f)) is not None}
     seed = request.seed if request.seed is None else (request.seed + choice) % 2**63
     k = max(1, style.logprobs or 0)
-    return SamplingParams(
-        max_tokens=length,
-        temperature=temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=request.top_k or 0,
-        seed=seed,
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        ignore_eos=bool(request.ignore_eos),
-        logprobs=k if length else 0,
-        prompt_logprobs=k if style.echo and (style.logprobs is not None or not length) else 0,
-    )
+    try:
+        return SamplingParams(
+            max_tokens=length,
+            seed=seed,
+            stop_token_ids=tuple(request.stop_token_ids or ()),
+            logprobs=k if length else 0,
+            prompt_logprobs=k if style.echo and (style.logprobs is not None or not length) else 0,
+            grammar=grammar,
+            **({"temperature": 1.0} | given),
+        )
+    except ConfigError as e:
+        raise ApiError(400, str(e), e.message.partition(" ")[0], "invalid_value") from e
 
 # %% ../../nbs/serving/05a_calls.ipynb #e75dd4a1
 def style_of(request: Shared) -> Style:
@@ -118,6 +133,13 @@ def style_of(request: Shared) -> Style:
         return Style((request.top_logprobs or 0) if request.logprobs else None, False, ids)
     assert isinstance(request, CompletionRequest)
     return Style(request.logprobs, bool(request.echo), ids)
+
+# %% ../../nbs/serving/05a_calls.ipynb #c27e44cf
+def reader_of(request: Shared) -> CallReader | None:
+    "What looks for calls in a reply; None if there are no tools."
+    if not isinstance(request, ChatRequest) or not (tools := offered(request)):
+        return None
+    return CallReader({t.function.name for t in tools}, tagged=not forced(request), many=several(request))
 
 # %% ../../nbs/serving/05a_calls.ipynb #a54d2978
 @dataclass(eq=False)
@@ -144,45 +166,73 @@ class Call:
 # %% ../../nbs/serving/05a_calls.ipynb #8d89b7e2
 def new_call(endpoint: str) -> Call:
     "A call with a fresh id: the `id` of its reply, its `x-request-id`, and its row in the log."
-    return Call(f"{'chatcmpl' if 'chat' in endpoint else 'cmpl'}-{secrets.token_hex(12)}", endpoint)
+    kind = "resp_" if "responses" in endpoint else "chatcmpl-" if "chat" in endpoint else "cmpl-"
+    return Call(f"{kind}{secrets.token_hex(12)}", endpoint)
 
 # %% ../../nbs/serving/05a_calls.ipynb #634f97b4
 async def prepare(call: Call, request: Shared, revision: Revision, size: int) -> None:
     "Render `request` for `revision` and make its choices; ApiError 400 if it cannot be done."
-    refuse_unsupported(request)
+    check(request, revision.text)
     call.revision, call.style, call.keep = revision, style_of(request), request.store is not False
-    call.prompts = await render_aside(request, revision.text, size)
+    call.prompts, grammar = await render_aside(request, revision.text, size)
     n, stops = request.n or 1, stop_strings(request)
     for p, prompt in enumerate(call.prompts):
         length = reply_length(request, prompt, revision.max_length)
         for i in range(n):
-            params = sampling(request, length, call.style, i)
-            made = Request(f"{call.id}-{p * n + i}", prompt.ids, params)
-            call.choices.append(new_choice(p * n + i, made, revision.text, stops))
+            params = sampling(request, length, call.style, i, grammar)
+            made = Request(f"{call.id}-{p * n + i}", prompt.ids, params, request.priority or 0)
+            call.choices.append(new_choice(p * n + i, made, revision.text, stops, reader_of(request)))
+
+# %% ../../nbs/serving/05a_calls.ipynb #b815fe3a
+def check(request: Shared, text: Text) -> None:
+    "400 for what no type can say about a request to this model."
+    check_chat(request) if isinstance(request, ChatRequest) else check_shared(request)
+    check_ids("logit_bias", request.logit_bias or (), text)
+    check_ids("stop_token_ids", request.stop_token_ids or (), text)
+
+# %% ../../nbs/serving/05a_calls.ipynb #c981d926
+Step = tuple[Choice, str, Output]  # a choice, the text to show, what the engine made
 
 # %% ../../nbs/serving/05a_calls.ipynb #8a0ab21c
-async def steps(call: Call) -> AsyncIterator[tuple[Choice, str, Output]]:
-    "Let the call in and yield, for each engine output, its choice, the text to show and the output."
+async def steps(call: Call) -> AsyncIterator[list[Step]]:
+    "Let the call in and yield what each step of the engine made for it."
     assert call.revision is not None
     loop, box = call.revision.loop, asyncio.Queue()  # type: ignore[var-annotated]
     open_ = {c.request.id: c for c in call.choices}
     try:
         call.tickets = loop.submit([c.request for c in call.choices], box)
         while open_:
-            item = await box.get()
-            if isinstance(item, tuple):
-                raise item[1]
-            if (choice := open_.get(item.request_id)) is None:
-                continue
+            items = [await box.get()]
+            while not box.empty():
+                items.append(box.get_nowait())
+            made: dict[str, Step] = {}
+            for item in items:
+                take(call, open_, item, made)
             call.first_s = call.first_s or time.perf_counter() - call.began
-            shown = choice.take(item)
-            if choice.finish:
-                del open_[item.request_id]
-                loop.abort(item.request_id)  # a stop string ends what the engine would go on with
-            yield choice, shown, item
+            if made:
+                yield list(made.values())
+            for choice, _, _ in made.values():
+                choice.events.clear()
+            if failed := next((item for item in items if isinstance(item, tuple)), None):
+                raise failed[1]
     finally:
         for request_id in open_:
             loop.abort(request_id)
+
+# %% ../../nbs/serving/05a_calls.ipynb #4d78c1c4
+def take(call: Call, open_: dict[str, Choice], item: Output | tuple[str, ApiError], made: dict[str, Step]) -> None:
+    "Give an output to its choice, add it to what was `made`, and forget the choice when it is finished."
+    if isinstance(item, tuple) or (choice := open_.get(item.request_id)) is None:
+        return
+    shown = choice.take(item)
+    if choice.finish:
+        del open_[item.request_id]
+        if not item.finish and call.revision is not None:
+            call.revision.loop.abort(item.request_id)  # what the text side ended, the engine would go on with
+    if before := made.get(item.request_id):
+        _, text, out = before
+        shown, item = text + shown, Output(out.request_id, out.tokens + item.tokens, out.logprobs + item.logprobs)
+    made[item.request_id] = choice, shown, item
 
 # %% ../../nbs/serving/05a_calls.ipynb #fc055f5c
 async def run(call: Call) -> None:

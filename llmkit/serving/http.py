@@ -13,17 +13,16 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..engine.request import Output
-from .calls import Call, steps
-from .protocol import DONE, ApiError, sse
-from .replies import Choice, chat_choice, chat_chunk, completion_choice, completion_chunk, envelope, usage
+from .calls import Call, Step, steps
+from .protocol import ApiError
+from .writers import ChatWriter, Chunks, CompletionWriter
 
 # %% auto #0
-__all__ = ['T', 'Step', 'read_body', 'left', 'with_client', 'reply_headers', 'json_response', 'error_response', 'head', 'whole',
-           'EventStream', 'streamed', 'events', 'chunk_kind', 'chunks']
+__all__ = ['T', 'read_body', 'left', 'with_client', 'reply_headers', 'json_response', 'error_response', 'writer_of', 'whole',
+           'EventStream', 'streamed', 'events']
 
 # %% ../../nbs/serving/05c_http.ipynb #05c04d7a
 async def read_body(request: HttpRequest, limit: int) -> bytes:
@@ -44,15 +43,15 @@ async def read_body(request: HttpRequest, limit: int) -> bytes:
 T = TypeVar("T")
 
 # %% ../../nbs/serving/05c_http.ipynb #e12e7a99
-async def left(request: HttpRequest) -> None:
+async def left(receive: Receive) -> None:
     "Return when the client has gone."
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 # %% ../../nbs/serving/05c_http.ipynb #f071f024
 async def with_client(request: HttpRequest, work: Awaitable[T], seconds: float) -> T:
     "The result of `work`; cancelled with 499 if the client leaves and 504 after `seconds`."
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(request))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left(request.receive))
     try:
         done, _ = await asyncio.wait({task, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
@@ -81,41 +80,43 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Re
     "An error in OpenAI's shape."
     return Response(error.body(), error.status, error.headers() | (headers or {}), "application/json")
 
-# %% ../../nbs/serving/05c_http.ipynb #f309dd2c
-def head(call: Call, kind: str) -> dict[str, Any]:
-    "The envelope of a call's reply."
-    assert call.revision is not None
-    return envelope(call.id, kind, int(call.arrived), call.model, call.revision.name)
+# %% ../../nbs/serving/05c_http.ipynb #d8e44a3f
+def writer_of(call: Call) -> Chunks:
+    "What writes the replies of `call`."
+    return ChatWriter(call) if "chat" in call.endpoint else CompletionWriter(call)
 
 # %% ../../nbs/serving/05c_http.ipynb #b8a88007
 def whole(call: Call) -> Response:
     "The reply in one piece."
-    assert call.revision is not None
-    text, chat, n = call.revision.text, "chat" in call.endpoint, len(call.choices) // len(call.prompts)
-    body = head(call, "chat.completion" if chat else "text_completion")
-    if chat:
-        body["choices"] = [chat_choice(text, c, call.style) for c in call.choices]
-    else:
-        said = [call.prompts[c.index // n].text for c in call.choices]
-        body["choices"] = [completion_choice(text, c, call.style, p) for c, p in zip(call.choices, said, strict=True)]
-    body["usage"] = usage([p.ids for p in call.prompts], call.choices)
-    return json_response(body, headers=reply_headers(call))
-
-# %% ../../nbs/serving/05c_http.ipynb #9b51c03a
-Step = tuple[Choice, str, Output]
+    return Response(writer_of(call).whole(), 200, reply_headers(call), "application/json")
 
 # %% ../../nbs/serving/05c_http.ipynb #9567a8b1
-class EventStream(StreamingResponse):
-    "A stream of events that calls `end` when it is over, even if the client left before it began."
+class EventStream(Response):
+    "A stream of events that stops when the client leaves, and calls `end` when it is over, even if it never began."
 
     def __init__(self, body: AsyncIterator[bytes], headers: dict[str, str], end: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(body, 200, headers | {"cache-control": "no-cache"}, "text/event-stream")
-        self._end = end
+        self.body_iterator, self._end, self.background = body, end, None
+        self.status_code, self.media_type = 200, "text/event-stream"
+        self.init_headers(headers | {"cache-control": "no-cache"})
+
+    async def write(self, send: Send) -> None:
+        "Send the head, every part as it comes, and the end."
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for part in self.body_iterator:
+            if part:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work, gone = asyncio.ensure_future(self.write(send)), asyncio.ensure_future(left(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
         finally:
+            for t in (work, gone):
+                t.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
             await self._end()
 
 # %% ../../nbs/serving/05c_http.ipynb #28bc1fcf
@@ -134,46 +135,23 @@ async def streamed(
 
 # %% ../../nbs/serving/05c_http.ipynb #707e6198
 async def events(
-    call: Call, first: Step, items: AsyncIterator[Step], usage_too: bool, seconds: float, done: Callable[..., None]
+    call: Call, first: list[Step], items: AsyncIterator[list[Step]], usage_too: bool, seconds: float, done: Callable
 ) -> AsyncIterator[bytes]:
-    "The events of a stream, to the end, an error, or the moment at which the client leaves."
+    "The parts of a stream, to the end, an error, or the moment at which the client leaves."
     error: ApiError | None = ApiError(499, "the client left", code="client_left")
+    writer, left_s = writer_of(call), seconds - (time.perf_counter() - call.began)
     try:
-        async with aclosing(items):  # type: ignore[type-var]
-            async for event in chunks(call, first, items, seconds):
-                yield event
-        if usage_too:
-            tokens = usage([p.ids for p in call.prompts], call.choices)
-            yield sse(head(call, chunk_kind(call)) | {"usage": tokens})
+        async with aclosing(items), asyncio.timeout(left_s):  # type: ignore[type-var]
+            yield writer.begin() + writer.step(first)
+            async for made in items:
+                yield writer.step(made)
         error = None
-        yield DONE
+        yield writer.end(usage_too)
+    except TimeoutError:
+        error = ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
+        yield writer.fail(error)
     except ApiError as e:
         error = e
-        yield b"data: " + e.body() + b"\n\n" + DONE
+        yield writer.fail(e)
     finally:
         done(call, error)
-
-# %% ../../nbs/serving/05c_http.ipynb #0aa50038
-def chunk_kind(call: Call) -> str:
-    "The `object` of a chunk."
-    return "chat.completion.chunk" if "chat" in call.endpoint else "text_completion"
-
-# %% ../../nbs/serving/05c_http.ipynb #db04b383
-async def chunks(call: Call, first: Step, items: AsyncIterator[Step], seconds: float) -> AsyncIterator[bytes]:
-    "The chunks of a stream; ApiError 504 when it takes longer than `seconds`."
-    assert call.revision is not None
-    text, chat, frame = call.revision.text, "chat" in call.endpoint, head(call, chunk_kind(call))
-    if chat:
-        for c in call.choices:
-            delta = {"role": "assistant", "content": ""}
-            start = {"index": c.index, "delta": delta, "logprobs": None, "finish_reason": None}
-            yield sse(frame | {"choices": [start]})
-    step: Step | None = first
-    while step is not None:
-        choice, shown, output = step
-        if shown or choice.finish or call.style.logprobs is not None or call.style.token_ids:
-            write = chat_chunk if chat else completion_chunk
-            yield sse(frame | {"choices": [write(text, choice, call.style, shown, output)]})
-        if time.perf_counter() - call.began > seconds:
-            raise ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
-        step = await anext(items, None)  # type: ignore[call-overload]

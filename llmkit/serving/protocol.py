@@ -10,14 +10,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.inspect import DictType, ListType, StructType, Type, UnionType, type_info
 
 from ..core.config import nearest
 from ..core.errors import LLMKitError
 
 # %% auto #0
-__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'T', 'NEUTRAL', 'DONE', 'ApiError', 'StreamOptions', 'Shared',
-           'CompletionRequest', 'Part', 'Message', 'ChatRequest', 'FeedbackRequest', 'RouteRequest', 'RevisionRequest',
-           'explain', 'decode', 'refuse_unsupported', 'stop_strings', 'prompts_of', 'sse']
+__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
+           'StructuredOutputs', 'Shared', 'CompletionRequest', 'FeedbackRequest', 'RouteRequest', 'RevisionRequest',
+           'fields_at', 'explain', 'decode', 'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -53,12 +54,38 @@ class ApiError(LLMKitError):
 Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 
 # %% ../../nbs/serving/01_protocol.ipynb #d3969f22
 class StreamOptions(Struct, forbid_unknown_fields=True):
     "`stream_options`: whether a last chunk carries the usage."
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # only false: nothing is padded here
+
+# %% ../../nbs/serving/01_protocol.ipynb #c93cc49c
+class JsonSchema(Struct, forbid_unknown_fields=True):
+    "A named JSON schema; the reply always follows it, whatever `strict` says."
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+# %% ../../nbs/serving/01_protocol.ipynb #1bc7283c
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    "`response_format`: text, any JSON object, or JSON of one schema."
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+# %% ../../nbs/serving/01_protocol.ipynb #4582d531
+class StructuredOutputs(Struct, forbid_unknown_fields=True):
+    "`structured_outputs`: exactly one of a JSON schema, a regular expression and a list of choices."
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
 
 # %% ../../nbs/serving/01_protocol.ipynb #fa7246c9
 class Shared(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -75,13 +102,23 @@ class Shared(Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: StreamOptions | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[int, Bias] | None = None  # JSON's keys are strings, of token ids
+    response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
     top_k: Count | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Count] | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     return_token_ids: bool | None = None
 
 # %% ../../nbs/serving/01_protocol.ipynb #bf7afded
@@ -93,35 +130,6 @@ class CompletionRequest(Shared, forbid_unknown_fields=True, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: Count | None = None
     suffix: str | None = None
-
-# %% ../../nbs/serving/01_protocol.ipynb #d19ba783
-class Part(Struct, forbid_unknown_fields=True):
-    "One text part of a message."
-
-    type: Literal["text"]
-    text: str
-
-# %% ../../nbs/serving/01_protocol.ipynb #fe05eb19
-class Message(Struct, forbid_unknown_fields=True):
-    "One message of a chat."
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    name: str | None = None
-
-    def text(self) -> str:
-        "The content as one text."
-        return self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-
-# %% ../../nbs/serving/01_protocol.ipynb #bddaf4d6
-class ChatRequest(Shared, forbid_unknown_fields=True, kw_only=True):
-    "The body of `/v1/chat/completions`."
-
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Count | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
 
 # %% ../../nbs/serving/01_protocol.ipynb #46d6110f
 class FeedbackRequest(Struct, forbid_unknown_fields=True):
@@ -144,16 +152,29 @@ class RevisionRequest(Struct, forbid_unknown_fields=True):
     model: Annotated[str, Meta(min_length=1)]
     variant: str = "auto"
 
+# %% ../../nbs/serving/01_protocol.ipynb #fa4b2063
+def fields_at(kind: type[Struct], where: str) -> list[str]:
+    "The names of the fields that are known at the place `where` in a body."
+    flat = lambda types: [u for t in types for u in (t.types if isinstance(t, UnionType) else (t,))]  # noqa: E731
+    here: list[Type] = [type_info(kind)]
+    for step in re.findall(r"\[[^\]]*\]|[^.\[\]]+", where):
+        if step[0] == "[":
+            here = flat(t.item_type if isinstance(t, ListType) else t.value_type for t in here)  # type: ignore[attr-defined]
+        else:
+            here = flat(f.type for t in here for f in getattr(t, "fields", ()) if f.encode_name == step)
+        here = [t for t in here if isinstance(t, StructType | ListType | DictType)]
+    return [f.encode_name for t in here if isinstance(t, StructType) for f in t.fields]
+
 # %% ../../nbs/serving/01_protocol.ipynb #02cc9ff6
 def explain(error: msgspec.ValidationError, kind: type[Struct]) -> ApiError:
     "A validation error as a 400 that names the field and, for an unknown one, the nearest known name."
     text = str(error)
-    at = re.search(r" - at `\$\.?(.*)`$", text)
+    at = re.search(r" - at (?:`key` in )?`\$\.?(.*)`$", text)
     where, what = (at[1], text[: at.start()]) if at else ("", text)
     if unknown := re.search(r"unknown field `(.*)`", what):
         param = f"{where}.{unknown[1]}".strip(".")
-        hint = "" if where else "; " + nearest(unknown[1], kind.__struct_fields__)
-        return ApiError(400, f"unknown field {param!r}{hint}", param, "unknown_field")
+        hint = nearest(unknown[1], fields_at(kind, where))
+        return ApiError(400, f"unknown field {param!r}; {hint}", param, "unknown_field")
     if missing := re.search(r"missing required field `(.*)`", what):
         param = f"{where}.{missing[1]}".strip(".")
         return ApiError(400, f"field {param!r} is missing", param, "missing_field")
@@ -172,30 +193,39 @@ def decode(kind: type[T], body: bytes) -> T:
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise ApiError(400, f"the body is not valid JSON: {e}", code="invalid_json") from e
 
-# %% ../../nbs/serving/01_protocol.ipynb #e88c23a9
-NEUTRAL: dict[str, tuple] = {
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "response_format": (None, {"type": "text"}),
-}
-
 # %% ../../nbs/serving/01_protocol.ipynb #82974af0
-def refuse_unsupported(request: Shared) -> None:
-    "400 for a field that is known but not done, and for combinations that make no sense."
-    for name, allowed in NEUTRAL.items():
-        value = getattr(request, name, None)
-        if value not in allowed:
-            raise ApiError(400, f"{name}={value!r} is not supported here", name, "unsupported_parameter")
-    if request.stream_options is not None and not request.stream:
+def check_shared(request: Shared) -> None:
+    "400 for combinations of fields that make no sense."
+    stops, options = stop_strings(request), request.stream_options
+    if options is not None and not request.stream:
         raise ApiError(400, "stream_options needs stream=true", "stream_options", "invalid_value")
-    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs", "invalid_value")
-    stops = stop_strings(request)
+    if options is not None and options.include_obfuscation:
+        raise ApiError(400, "include_obfuscation=true is not supported", "stream_options", "unsupported_parameter")
     if len(stops) > 16 or not all(stops):
         raise ApiError(400, "stop takes up to 16 texts, none of them empty", "stop", "invalid_value")
+    if isinstance(request, CompletionRequest) and request.best_of not in (None, 1, request.n or 1):
+        say = f"best_of={request.best_of} is not supported, only 1 and n ({request.n or 1}): what is made is sent"
+        raise ApiError(400, say, "best_of", "unsupported_parameter")
+    if isinstance(request, CompletionRequest) and request.suffix and request.echo:
+        raise ApiError(400, "echo has no meaning with a suffix", "echo", "invalid_value")
+    check_form(request)
+
+# %% ../../nbs/serving/01_protocol.ipynb #fc711630
+def check_form(request: Shared) -> None:
+    "400 for a response format or structured outputs that are incomplete or contradict each other."
+    form, outputs = request.response_format, request.structured_outputs
+    if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+        say = "response_format takes json_schema with type 'json_schema', and with no other"
+        raise ApiError(400, say, "response_format.json_schema", "invalid_value")
+    if outputs is None:
+        return
+    if sum(v is not None for v in (outputs.json, outputs.regex, outputs.choice)) != 1:
+        say = "structured_outputs takes exactly one of json, regex and choice"
+        raise ApiError(400, say, "structured_outputs", "invalid_value")
+    if form is not None and form.type != "text":
+        raise ApiError(
+            400, "give response_format or structured_outputs, not both", "structured_outputs", "invalid_value"
+        )
 
 # %% ../../nbs/serving/01_protocol.ipynb #58f0872d
 def stop_strings(request: Shared) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from ..engine.request import Output, Request, TokenLogprob
 from .text import Detokenizer, StopFilter, Text, token_name
+from .toolcalls import CallReader, Event, MadeCall
 
 # %% auto #0
 __all__ = ['Choice', 'new_choice', 'name_top', 'completion_logprobs', 'chat_logprobs', 'envelope', 'usage', 'Style',
-           'completion_choice', 'chat_choice', 'completion_chunk', 'chat_chunk']
+           'completion_choice', 'chat_choice', 'call_entry', 'delta_of', 'completion_chunk', 'chat_chunk']
 
 # %% ../../nbs/serving/02a_replies.ipynb #2d8f6df3
 @dataclass(slots=True)
@@ -25,23 +26,37 @@ class Choice:
     request: Request
     detok: Detokenizer
     stop: StopFilter
+    reader: CallReader | None = None  # where tools may be called
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # what the reader found and nobody has written yet
     finish: str | None = None
+    cached: int = 0  # prompt tokens that were not computed again
 
     def take(self, out: Output) -> str:
         "Take in what a step made; the text that may be shown now."
         self.tokens += out.tokens
         self.logprobs += out.logprobs
         self.prompt_logprobs += out.prompt_logprobs or []
-        ends = out.finish == "stop" and out.tokens and out.tokens[-1] in self.request.params.stop_token_ids
-        text = self.stop.add(self.detok.add(out.tokens[:-1] if ends else out.tokens))
+        self.cached += out.cached
+        params = self.request.params
+        ends = out.finish == "stop" and out.tokens and out.tokens[-1] in params.stop_token_ids
+        text = self.detok.add(out.tokens[:-1] if ends else out.tokens)
+        if len(self.tokens) > params.min_tokens:
+            text = self.stop.add(text)
         if out.finish and not self.stop.stopped:
             text += self.stop.add(self.detok.end(), last=True)
         self.finish = "stop" if self.stop.stopped else out.finish
         self.pieces.append(text)
+        return self.read(text) if self.reader else text
+
+    def read(self, text: str) -> str:
+        "Let the reader look for calls in `text`, and end the choice when it has all that may come."
+        assert self.reader is not None
+        self.events += self.reader.add(text, last=self.finish is not None)
+        self.finish = self.finish or ("stop" if self.reader.done else None)
         return text
 
     @property
@@ -49,10 +64,18 @@ class Choice:
         "All text so far."
         return "".join(self.pieces)
 
+    @property
+    def reason(self) -> str | None:
+        "Why it is finished, as clients are told."
+        called = self.finish == "stop" and self.reader is not None and self.reader.calls
+        return "tool_calls" if called else self.finish
+
 # %% ../../nbs/serving/02a_replies.ipynb #ee1efe77
-def new_choice(index: int, request: Request, text: Text, stops: Sequence[str]) -> Choice:
+def new_choice(
+    index: int, request: Request, text: Text, stops: Sequence[str], reader: CallReader | None = None
+) -> Choice:
     "An empty choice for `request`."
-    return Choice(index, request, text.detokenizer(), StopFilter(stops))
+    return Choice(index, request, text.detokenizer(), StopFilter(stops), reader)
 
 # %% ../../nbs/serving/02a_replies.ipynb #031c1b34
 def name_top(text: Text, lp: TokenLogprob, k: int) -> dict[str, float]:
@@ -97,10 +120,11 @@ def envelope(call_id: str, kind: str, created: int, model: str, revision: str) -
     return head | {"choices": []}
 
 # %% ../../nbs/serving/02a_replies.ipynb #6b310415
-def usage(prompts: Sequence[Sequence[int]], choices: Sequence[Choice]) -> dict[str, int]:
+def usage(prompts: Sequence[Sequence[int]], choices: Sequence[Choice]) -> dict[str, Any]:
     "Tokens read and made."
     read, made = sum(map(len, prompts)), sum(len(c.tokens) for c in choices)
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    found: dict[str, Any] = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    return found | {"prompt_tokens_details": {"cached_tokens": min(read, sum(c.cached for c in choices))}}
 
 # %% ../../nbs/serving/02a_replies.ipynb #d901d04d
 @dataclass(frozen=True, slots=True)
@@ -116,7 +140,7 @@ def completion_choice(text: Text, c: Choice, style: Style, prompt_text: str = ""
     "A whole choice of `/v1/completions`."
     prompt = c.request.prompt if style.echo else []
     found: dict[str, Any] = {"index": c.index, "text": (prompt_text if style.echo else "") + c.text}
-    found |= {"logprobs": None, "finish_reason": c.finish or "stop"}
+    found |= {"logprobs": None, "finish_reason": c.reason or "stop"}
     if style.logprobs is not None:
         made = [*(c.prompt_logprobs if style.echo else []), *c.logprobs]
         found["logprobs"] = completion_logprobs(text, [*prompt, *c.tokens], made, style.logprobs)
@@ -125,15 +149,37 @@ def completion_choice(text: Text, c: Choice, style: Style, prompt_text: str = ""
 # %% ../../nbs/serving/02a_replies.ipynb #df05b3bb
 def chat_choice(text: Text, c: Choice, style: Style) -> dict[str, Any]:
     "A whole choice of `/v1/chat/completions`."
-    message = {"role": "assistant", "content": c.text, "refusal": None}
-    found: dict[str, Any] = {"index": c.index, "message": message, "finish_reason": c.finish or "stop"}
+    message: dict[str, Any] = {"role": "assistant", "content": c.text, "refusal": None}
+    if c.reader is not None:
+        message["content"] = c.reader.content or (None if c.reader.calls else "")
+        message |= {"tool_calls": [call_entry(m) for m in c.reader.calls]} if c.reader.calls else {}
+    found: dict[str, Any] = {"index": c.index, "message": message, "finish_reason": c.reason or "stop"}
     found["logprobs"] = None if style.logprobs is None else chat_logprobs(text, c.logprobs, style.logprobs)
     return found | ({"token_ids": c.tokens} if style.token_ids else {})
+
+# %% ../../nbs/serving/02a_replies.ipynb #e3376978
+def call_entry(call: MadeCall) -> dict[str, Any]:
+    "A whole call in a message."
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+# %% ../../nbs/serving/02a_replies.ipynb #c97c3d16
+def delta_of(events: Sequence[Event]) -> dict[str, Any]:
+    "What a reader found in one step, as the `delta` of a chunk."
+    calls: dict[int, dict[str, Any]] = {}
+    for e in events:
+        if isinstance(e, MadeCall):
+            new = {"index": e.index, "id": e.id, "type": "function", "function": {"name": e.name, "arguments": ""}}
+            calls[e.index] = new
+        elif isinstance(e, tuple):
+            entry = calls.setdefault(e[0].index, {"index": e[0].index, "function": {"arguments": ""}})
+            entry["function"]["arguments"] += e[1]
+    content = "".join(e for e in events if isinstance(e, str))
+    return ({"content": content} if content else {}) | ({"tool_calls": list(calls.values())} if calls else {})
 
 # %% ../../nbs/serving/02a_replies.ipynb #88248c5e
 def completion_chunk(text: Text, c: Choice, style: Style, shown: str, new: Output) -> dict[str, Any]:
     "One chunk's choice of a `/v1/completions` stream."
-    found: dict[str, Any] = {"index": c.index, "text": shown, "logprobs": None, "finish_reason": c.finish}
+    found: dict[str, Any] = {"index": c.index, "text": shown, "logprobs": None, "finish_reason": c.reason}
     if style.logprobs is not None:
         at = len(c.text) - len(shown)
         found["logprobs"] = completion_logprobs(text, new.tokens, new.logprobs, style.logprobs, at)
@@ -142,8 +188,8 @@ def completion_chunk(text: Text, c: Choice, style: Style, shown: str, new: Outpu
 # %% ../../nbs/serving/02a_replies.ipynb #dc3176f2
 def chat_chunk(text: Text, c: Choice, style: Style, shown: str, new: Output) -> dict[str, Any]:
     "One chunk's choice of a `/v1/chat/completions` stream."
-    delta = {"content": shown} if shown else {}
-    found: dict[str, Any] = {"index": c.index, "delta": delta, "finish_reason": c.finish, "logprobs": None}
+    delta = delta_of(c.events) if c.reader else {"content": shown} if shown else {}
+    found: dict[str, Any] = {"index": c.index, "delta": delta, "finish_reason": c.reason, "logprobs": None}
     if style.logprobs is not None:
         found["logprobs"] = chat_logprobs(text, new.logprobs, style.logprobs)
     return found | ({"token_ids": new.tokens} if style.token_ids else {})

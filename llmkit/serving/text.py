@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ModelError
+from ..core.errors import DataError, ModelError
 
 # %% auto #0
-__all__ = ['byte_table', 'token_bytes', 'Detokenizer', 'held_back', 'StopFilter', 'load_tokenizer', 'Text', 'render_chat',
-           'token_name']
+__all__ = ['FIM', 'byte_table', 'token_bytes', 'Detokenizer', 'held_back', 'StopFilter', 'load_tokenizer', 'Text', 'render_chat',
+           'render_middle', 'token_name']
 
 # %% ../../nbs/serving/02_text.ipynb #85755219
 def byte_table() -> dict[str, int]:
@@ -89,13 +89,17 @@ def load_tokenizer(folder: Path) -> Any:
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
+# %% ../../nbs/serving/02_text.ipynb #e3622803
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
 # %% ../../nbs/serving/02_text.ipynb #270efa9b
 class Text:
     "The text side of a model: encode, render a chat, decode."
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.spelt = tokenizer, token_bytes(tokenizer)
-        self.special = frozenset(tokenizer.all_special_ids)
+        self.special, vocab = frozenset(tokenizer.all_special_ids), tokenizer.get_vocab()
+        self.middle = tuple(vocab[t] for t in FIM if t in vocab)  # all of FIM, or the model cannot fill in
 
     def __len__(self) -> int:
         return len(self.spelt)
@@ -108,9 +112,9 @@ class Text:
         except (OSError, ValueError) as e:
             raise ModelError(f"{folder} has no tokenizer that can be read: {e}", "save the tokenizer beside it") from e
 
-    def encode(self, text: str) -> list[int]:
-        "Token ids of a prompt."
-        return self.tokenizer.encode(text)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        "Token ids of a prompt; `special` adds what the model wants around one."
+        return self.tokenizer.encode(text, add_special_tokens=special)
 
     def decode(self, tokens: Sequence[int]) -> str:
         "The text of `tokens`, special tokens left out."
@@ -122,12 +126,31 @@ class Text:
         return Detokenizer(self.spelt, self.special)
 
 # %% ../../nbs/serving/02_text.ipynb #e75287fc
-def render_chat(text: Text, messages: list[dict[str, str]]) -> list[int]:
-    "Token ids of a chat through the model's own template, ready for the assistant's turn."
+def render_chat(
+    text: Text,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,  # for a template that knows them
+    reply: bool = True,  # ready for the assistant's turn
+) -> list[int]:
+    "Token ids of a chat through the model's own template; `ModelError` if it has none, `DataError` if that refuses."
     if not getattr(text.tokenizer, "chat_template", None):
         raise ModelError("this model has no chat template", "use /v1/completions")
-    out = text.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.tokenizer.encode(out, add_special_tokens=False)
+    from jinja2 import TemplateError
+
+    kw = {"tools": list(tools)} if tools else {}
+    try:
+        out = text.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply, **kw)
+    except TemplateError as e:
+        raise DataError(f"the model's chat template refuses these messages: {e}", "change their order or roles") from e
+    return text.encode(out, special=False)
+
+# %% ../../nbs/serving/02_text.ipynb #54afdede
+def render_middle(text: Text, before: list[int], after: str) -> list[int]:
+    "Token ids that ask for what belongs between two pieces of code; `ModelError` if the model does not know how."
+    if len(text.middle) != len(FIM):
+        raise ModelError("this model cannot fill in the middle", "leave out suffix")
+    prefix, suffix, middle = text.middle
+    return [prefix, *before, suffix, *text.encode(after, special=False), middle]
 
 # %% ../../nbs/serving/02_text.ipynb #d217f23b
 def token_name(text: Text, token: int) -> str:
