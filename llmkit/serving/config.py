@@ -74,6 +74,7 @@ class EngineSettings(Config):
     kv_gb: Annotated[float, Gt(0)] | None = None  # memory for keys and values; what is free if not given
     queue: Annotated[int, Ge(0)] = 64  # requests that may wait for a slot
     queue_tokens: Annotated[int, Ge(1)] = 65_536  # prompt tokens that may wait
+    in_process: bool = False  # the engine in a thread of this process: for notebooks and tests
 
 # %% ../../nbs/serving/00_config.ipynb #fa6d2f08
 @dataclass(kw_only=True)

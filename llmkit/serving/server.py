@@ -29,12 +29,12 @@ __all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', '
 from ..core.errors import LLMKitError, ServiceError
 from .answer import answer
 from .calls import new_call, prepare
+from .chat import ChatRequest
 from .config import ServeConfig, bind
 from .fastpath import FastPath
 from .http import error_response, json_response, read_body, reply_headers
 from llmkit.serving.protocol import (
     ApiError,
-    ChatRequest,
     CompletionRequest,
     FeedbackRequest,
     RevisionRequest,
@@ -240,11 +240,9 @@ def run_server(cfg: ServeConfig) -> None:
         server.should_exit = True
 
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
-    how = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning", "access_log": False}
-    drain = int(cfg.drain_s) + 1
-    server = Server(
-        uvicorn.Config(FastPath(app, app.state.llmkit), **how, server_header=False, timeout_graceful_shutdown=drain)
-    )  # type: ignore[arg-type]
+    how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
+    how |= {"access_log": False, "server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
+    server = Server(uvicorn.Config(FastPath(app, app.state.llmkit), **how))
     if cfg.exit_with_stdin:
         end_with_stdin()
     server.run(sockets=[sock])
