@@ -123,8 +123,8 @@ async def routes(request: HttpRequest) -> Response:
     authorise(state, request.headers.get("authorization"), admin=True)
     if request.method == "PUT":
         asked = decode(RouteRequest, await read_body(request, state.cfg.max_body))
-        set_route(state, request.path_params["alias"], asked.weights)
-    return json_response({"routes": state.router.routes})
+        set_route(state, request.path_params["alias"], asked.weights, asked.shadow)
+    return json_response({"routes": state.router.routes, "shadows": state.router.shadows})
 
 # %% ../../nbs/serving/06_server.ipynb #b07dfe0e
 async def revisions(request: HttpRequest) -> Response:
