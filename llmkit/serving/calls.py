@@ -151,6 +151,7 @@ class Call:
     arrived: float = field(default_factory=time.time)
     began: float = field(default_factory=time.perf_counter)
     model: str = ""  # what the client asked for
+    asked: object = None  # the body, where the reply repeats it
     session: str = ""
     revision: Revision | None = None
     prompts: list[Prompt] = field(default_factory=list)

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from .calls import Call, Step, steps
+from .events import ResponseWriter
 from .protocol import ApiError
 from .writers import ChatWriter, Chunks, CompletionWriter
 
@@ -83,7 +84,8 @@ def error_response(error: ApiError, headers: dict[str, str] | None = None) -> Re
 # %% ../../nbs/serving/05c_http.ipynb #d8e44a3f
 def writer_of(call: Call) -> Chunks:
     "What writes the replies of `call`."
-    return ChatWriter(call) if "chat" in call.endpoint else CompletionWriter(call)
+    kinds = {"/v1/chat/completions": ChatWriter, "/v1/responses": ResponseWriter}
+    return kinds.get(call.endpoint, CompletionWriter)(call)
 
 # %% ../../nbs/serving/05c_http.ipynb #b8a88007
 def whole(call: Call) -> Response:

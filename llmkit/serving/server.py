@@ -22,25 +22,28 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 # %% auto #0
-__all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', 'revisions', 'on_error', 'paths', 'create_app',
-           'Server', 'end_with_stdin', 'announce', 'run_server']
+__all__ = ['generate', 'understood', 'tokenize', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes', 'revisions',
+           'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce', 'run_server']
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
 from .answer import answer
-from .calls import new_call, prepare
+from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
 from .fastpath import FastPath
 from .http import error_response, json_response, read_body, reply_headers
+from .openapi import description
 from llmkit.serving.protocol import (
     ApiError,
     CompletionRequest,
     FeedbackRequest,
     RevisionRequest,
     RouteRequest,
+    Shared,
     decode,
 )
+from .responses import ResponsesRequest, chat_of, in_words
 from llmkit.serving.state import (
     State,
     add_revision,
@@ -55,23 +58,47 @@ from llmkit.serving.state import (
     set_route,
     unready,
 )
+from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 
 # %% ../../nbs/serving/06_server.ipynb #5271bea6
 async def generate(request: HttpRequest) -> Response:
-    "`POST /v1/completions` and `/v1/chat/completions`."
+    "`POST /v1/completions`, `/v1/chat/completions` and `/v1/responses`."
     state: State = request.app.state.llmkit
     who = authorise(state, request.headers.get("authorization"))
     call = new_call(request.url.path)
     try:
         enter(state, call, who)
         body = await read_body(request, state.cfg.max_body)
-        asked = decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
+        asked = understood(call, body)
         session = request.headers.get("x-session-id") or asked.user or ""
         await prepare(call, asked, route(state, call, asked.model, session), len(body))
         return await answer(request, state, call, asked, body)
     except ApiError as e:
-        finish(state, call, e)
-        return error_response(e, reply_headers(call))
+        told = in_words(e) if call.endpoint == "/v1/responses" else e
+        finish(state, call, told)
+        return error_response(told, reply_headers(call))
+
+# %% ../../nbs/serving/06_server.ipynb #f3c0953d
+def understood(call: Call, body: bytes) -> Shared:
+    "The request in `body`, of the kind that the call's endpoint takes."
+    if call.endpoint == "/v1/responses":
+        call.asked = asked = decode(ResponsesRequest, body)
+        return chat_of(asked)
+    return decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
+
+# %% ../../nbs/serving/06_server.ipynb #f3171235
+async def tokenize(request: HttpRequest) -> Response:
+    "`POST /tokenize` and `/detokenize`."
+    state: State = request.app.state.llmkit
+    authorise(state, request.headers.get("authorization"))
+    body, call = await read_body(request, state.cfg.max_body), new_call(request.url.path)
+    if call.endpoint == "/detokenize":
+        back = decode(DetokenizeRequest, body)
+        return json_response(detokenized(back, route(state, call, back.model, "").text))
+    asked = decode(TokenizeRequest, body)
+    revision = route(state, call, asked.model, "")
+    found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
+    return json_response(found, headers=reply_headers(call))
 
 # %% ../../nbs/serving/06_server.ipynb #3bf7ab54
 async def models(request: HttpRequest) -> Response:
@@ -116,6 +143,11 @@ async def scrape(request: HttpRequest) -> Response:
     measure(state)
     return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+# %% ../../nbs/serving/06_server.ipynb #6b0a0657
+async def openapi(request: HttpRequest) -> Response:
+    "`GET /openapi.json`."
+    return Response(description(), media_type="application/json")
+
 # %% ../../nbs/serving/06_server.ipynb #8adc8cca
 async def routes(request: HttpRequest) -> Response:
     "`GET /admin/routes` and `PUT /admin/routes/{alias}`."
@@ -155,6 +187,9 @@ def paths() -> list[Route]:
     table: list[tuple[str, Callable[[HttpRequest], Awaitable[Response]], list[str]]] = [
         ("/v1/completions", generate, ["POST"]),
         ("/v1/chat/completions", generate, ["POST"]),
+        ("/v1/responses", generate, ["POST"]),
+        ("/tokenize", tokenize, ["POST"]),
+        ("/detokenize", tokenize, ["POST"]),
         ("/v1/models", models, ["GET"]),
         ("/v1/models/{name:path}", models, ["GET"]),
         ("/v1/feedback", label, ["POST"]),
@@ -162,6 +197,7 @@ def paths() -> list[Route]:
         ("/livez", live, ["GET"]),
         ("/readyz", ready, ["GET"]),
         ("/metrics", scrape, ["GET"]),
+        ("/openapi.json", openapi, ["GET"]),
         ("/admin/routes", routes, ["GET"]),
         ("/admin/routes/{alias}", routes, ["PUT"]),
         ("/admin/revisions", revisions, ["GET"]),
