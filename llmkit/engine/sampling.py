@@ -16,7 +16,7 @@ from .request import SamplingParams, TokenLogprob
 
 # %% auto #0
 __all__ = ['BLOCK', 'SHORT', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw',
-           'sample', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs',
+           'sample', 'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs',
            'prompt_logprobs']
 
 # %% ../../nbs/engine/01_sampling.ipynb #49d84c73
@@ -61,7 +61,9 @@ def soften(
 ) -> np.ndarray:
     "Unnormalised probabilities at a temperature, the best token's being 1, in the precision of `logits`."
     with np.errstate(over="ignore"):
-        return np.exp((logits - logits.dtype.type(best)) / logits.dtype.type(max(temperature, 1e-30)))
+        weights = logits - logits.dtype.type(best)
+        weights /= logits.dtype.type(max(temperature, 1e-30))
+        return np.exp(weights, out=weights)  # one new array, not three: they are large
 
 # %% ../../nbs/engine/01_sampling.ipynb #07698059
 def count_kept(
@@ -139,7 +141,7 @@ def sample(
     return np.array(tokens, np.int64)
 
 # %% ../../nbs/engine/01_sampling.ipynb #c2e0ef8b
-class Sampler:
+class Memory:
     "What sampling remembers of one sequence."
 
     def __init__(
@@ -168,6 +170,10 @@ class Sampler:
             self.penalties.accept(token)
         if self.constraint:
             self.constraint.accept(token)
+
+# %% ../../nbs/engine/01_sampling.ipynb #33cfb6da
+class Sampler(Memory):
+    "What sampling remembers of one sequence, and what follows from it for the next row of logits."
 
     def edit(
         self,
@@ -199,6 +205,7 @@ def choose(
     samplers: Sequence[Sampler],  # B of them; told of the tokens by the caller, through `accept`
 ) -> list[int]:
     "The next token of each row, which depends on its own row and sampler alone; `ModelError` for NaN or infinity."
+    logits = np.ascontiguousarray(logits, np.float32)  # no copy of what runners return
     tokens = greedy(logits) if len(samplers) else []
     for i, sampler in enumerate(samplers):
         row, hot = logits[i], sampler.params.temperature > 0
