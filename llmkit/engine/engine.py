@@ -16,12 +16,12 @@ from ..core.errors import ConfigError, DataError
 from .prefix import PIECE, PrefixCache, block_names
 from .request import Finish, Output, Request, SamplingParams, TokenLogprob
 from .runners import Capabilities, Runner
-from .sampling import Sampler, choose, token_logprobs
+from .sampling import Sampler, check_ids, choose, token_logprobs
 from .scheduler import Plan, Scheduler, Sequence
 
 # %% auto #0
 __all__ = ['check_prompt', 'check_able', 'StepStats', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan',
-           'score_rows', 'emit', 'Intake', 'restore', 'Engine', 'generate']
+           'score_rows', 'emit', 'Parts', 'Door', 'restore', 'Engine', 'generate']
 
 # %% ../../nbs/engine/05_engine.ipynb #c260714b
 def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
@@ -145,8 +145,8 @@ def emit(sequence: Sequence, token: int, logprobs: list[TokenLogprob], eos: Many
     return output
 
 # %% ../../nbs/engine/05_engine.ipynb #76093096
-class Intake:
-    "The half of the engine that takes requests in and lets them go."
+class Parts:
+    "What an engine holds: a runner, a scheduler, a prefix cache."
 
     def __init__(
         self,
@@ -165,15 +165,24 @@ class Intake:
         self.aborted: list[Output] = []  # not yet reported
         self.admitted: list[str] = []  # ids that the latest step gave a slot
 
+    @property
+    def has_work(self) -> bool:
+        "Whether a step has something to do."
+        return bool(self.scheduler.running or self.scheduler.waiting or self.aborted)
+
+# %% ../../nbs/engine/05_engine.ipynb #170d11ba
+class Door(Parts):
+    "The way in and out of an engine."
+
     def add(self, request: Request) -> None:
         "Queue a request; `DataError` or `ConfigError` if it can never run or its id is in use."
         check_prompt(request, self.runner.vocab_size, self.max_length)
         check_able(request, self.able)
+        check_ids(request.params, self.runner.vocab_size)
         if request.params.grammar and self.compile is None:
             raise ConfigError("grammar: this engine knows no tokenizer", "make it with llmkit.engine.spec.load_engine")
         grammar = self.compile(request.params.grammar) if self.compile and request.params.grammar else None
-        stops = () if request.params.ignore_eos else self.eos_ids
-        self.scheduler.add(Sequence(request, Sampler(request.params, request.prompt, stops, grammar)))
+        self.scheduler.add(Sequence(request, Sampler(request.params, request.prompt, self.eos_ids, grammar)))
 
     def leave(self, request_id: str) -> bool:
         "Free what a request holds; False if it is not there."
@@ -187,11 +196,6 @@ class Intake:
         if found := self.leave(request_id):
             self.aborted.append(Output(request_id, [], finish="abort"))
         return found
-
-    @property
-    def has_work(self) -> bool:
-        "Whether a step has something to do."
-        return bool(self.scheduler.running or self.scheduler.waiting or self.aborted)
 
 # %% ../../nbs/engine/05_engine.ipynb #728b9bad
 def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -> None:
@@ -207,7 +211,7 @@ def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -
     sequence.cached = sequence.cached or sequence.read
 
 # %% ../../nbs/engine/05_engine.ipynb #03f56eaa
-class Engine(Intake):
+class Engine(Door):
     "Runs many requests on one runner; not thread-safe: the thread that calls `step` calls the rest too."
 
     def step(self) -> list[Output]:

@@ -112,9 +112,8 @@ class OrtRunner(OrtMemory):
     ) -> None:
         super().__init__(folder, slots, max_length)
         names = dict.fromkeys([Path(prefill or folder), Path(folder)])
-        sessions = [open_session(path / "model.onnx", threads) for path in names]
-        self.reader, self.writer = sessions[0], sessions[-1]
-        self.variant = "+".join(path.name for path in names)
+        self.reader, *more = [open_session(path / "model.onnx", threads) for path in names]
+        self.writer, self.variant = (more or [self.reader])[0], "+".join(path.name for path in names)
 
     def capabilities(self) -> Capabilities:
         "Everything but adapters, which are merged into a variant of their own."

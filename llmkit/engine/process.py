@@ -22,7 +22,7 @@ from .request import Output, Request
 from .runners import Capabilities
 
 # %% auto #0
-__all__ = ['Orders', 'Report', 'Messages', 'send', 'take', 'work', 'main', 'EngineProcess', 'wait_ready']
+__all__ = ['Orders', 'Report', 'Messages', 'send', 'take', 'work', 'main', 'launch', 'EngineProcess', 'wait_ready']
 
 # %% ../../nbs/engine/05b_process.ipynb #e2d74627
 @dataclass(slots=True)
@@ -123,6 +123,23 @@ def main() -> None:
 if __name__ == "__main__" and "get_ipython" not in globals():  # `python -m llmkit.engine.process`, not this notebook
     main()
 
+# %% ../../nbs/engine/05b_process.ipynb #cd3e3bc7
+def launch(
+    spec: dict[str, Any],  # fields of `EngineSpec`
+    errors: Any = None,  # where its stderr goes; None: with ours
+) -> tuple[subprocess.Popen, int, int]:
+    "Start an engine process; the process, where to write orders, where to read reports."
+    theirs_in, orders = os.pipe()
+    reports, theirs_out = os.pipe()
+    for fd in (orders, theirs_out):
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
+    args = [msgspec.json.encode(spec).decode(), str(theirs_in), str(theirs_out)]
+    command = [sys.executable, "-m", "llmkit.engine.process", *args]
+    process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stderr=errors)
+    os.close(theirs_in)
+    os.close(theirs_out)
+    return process, orders, reports
+
 # %% ../../nbs/engine/05b_process.ipynb #45945cc3
 class EngineProcess:
     "A running engine process: `send` orders, read `reports`."
@@ -132,18 +149,8 @@ class EngineProcess:
         spec: dict[str, Any],  # fields of `EngineSpec`
         errors: Any = None,  # where its stderr goes; None: with ours
     ) -> None:
-        theirs_in, self._orders = os.pipe()
-        ours, theirs_out = os.pipe()
-        for fd in (self._orders, theirs_out):  # so that neither side waits for the other to read
-            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
-        args = [msgspec.json.encode(spec).decode(), str(theirs_in), str(theirs_out)]
-        command = [sys.executable, "-m", "llmkit.engine.process", *args]
-        self._process = subprocess.Popen(
-            command, pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stderr=errors
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        self.reports, self.pid = Messages(ours, Report), self._process.pid
+        self._process, self._orders, reports = launch(spec, errors)
+        self.reports, self.pid = Messages(reports, Report), self._process.pid
 
     def send(self, orders: Orders) -> None:
         "Hand over orders; nothing happens if it is gone, which the closed reports tell."

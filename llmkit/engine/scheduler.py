@@ -14,7 +14,7 @@ from .prefix import PIECE
 from .request import Request, TokenLogprob
 
 # %% auto #0
-__all__ = ['Sequence', 'Plan', 'pieces_a_step', 'Queue', 'Scheduler']
+__all__ = ['Sequence', 'Plan', 'pieces_a_step', 'Queue', 'Memory', 'Scheduler']
 
 # %% ../../nbs/engine/03_scheduler.ipynb #8dd5f2ef
 @dataclass(slots=True, eq=False)
@@ -66,11 +66,12 @@ def pieces_a_step(
 
 # %% ../../nbs/engine/03_scheduler.ipynb #857b5268
 class Queue:
-    "Waiting and running sequences by request id."
+    "Waiting and running sequences by request id, and the slots that nobody holds."
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int) -> None:
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}
+        self.free = list(range(slots))[::-1]  # taken from the end: low slots first
         self._places = count()
 
     def add(self, sequence: Sequence) -> None:
@@ -90,18 +91,24 @@ class Queue:
         "Who is next, if anybody waits."
         return min(self.waiting.values(), key=self.order, default=None)
 
-# %% ../../nbs/engine/03_scheduler.ipynb #5e06d98a
-class Scheduler(Queue):
-    "Waiting requests, busy slots, and the memory that they share."
+    def remove(self, request_id: str) -> Sequence | None:
+        "Take a sequence out, its slot is free again; `None` if there is none of that id."
+        if (sequence := self.running.pop(request_id, None)) is not None:
+            self.free.append(sequence.slot)
+            return sequence
+        return self.waiting.pop(request_id, None)
+
+# %% ../../nbs/engine/03_scheduler.ipynb #6b625a31
+class Memory(Queue):
+    "A queue that counts what its running sequences hold, and lets in and puts out accordingly."
 
     def __init__(
         self,
         slots: int,
         capacity: int,  # tokens
     ) -> None:
-        super().__init__()
+        super().__init__(slots)
         self.capacity, self.preemptions = capacity, 0
-        self.free = list(range(slots))[::-1]  # taken from the end: low slots first
 
     @property
     def used(self) -> int:
@@ -126,6 +133,10 @@ class Scheduler(Queue):
             self.running[first.request.id] = self.waiting.pop(first.request.id)
             plan.admitted.append(first)
 
+# %% ../../nbs/engine/03_scheduler.ipynb #5e06d98a
+class Scheduler(Memory):
+    "Waiting requests, busy slots, the memory that they share, and what comes next."
+
     def plan(self) -> Plan:
         "What the next step computes; sequences that it admits have nothing read yet."
         plan = Plan()
@@ -136,10 +147,3 @@ class Scheduler(Queue):
         reading = sorted((s for s in self.running.values() if not s.decoding), key=self.order)
         plan.pieces = reading[: pieces_a_step(len(plan.decode), len(reading))]
         return plan
-
-    def remove(self, request_id: str) -> Sequence | None:
-        "Take a sequence out, its slot is free again; `None` if there is none of that id."
-        if (sequence := self.running.pop(request_id, None)) is not None:
-            self.free.append(sequence.slot)
-            return sequence
-        return self.waiting.pop(request_id, None)

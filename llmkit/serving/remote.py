@@ -18,7 +18,7 @@ from .admission import Bounds, Ticket, engine_failed
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Patience', 'RemoteEngine', 'SelfRepairing', 'RemoteLoop', 'Remote']
+__all__ = ['Patience', 'RemoteEngine', 'SelfRepairing', 'Repaired', 'RemoteLoop', 'Delivery', 'Remote']
 
 # %% ../../nbs/serving/03b_remote.ipynb #639a967f
 class Patience:
@@ -34,7 +34,7 @@ class Patience:
 
 # %% ../../nbs/serving/03b_remote.ipynb #88f7be6a
 class RemoteEngine:
-    "An engine process that is started again when it dies."
+    "An engine process and what is known of it."
 
     def __init__(self, spec: dict[str, Any], name: str = "engine") -> None:
         self.spec, self.name = spec, name
@@ -60,10 +60,23 @@ class RemoteEngine:
         self._loop.add_reader(self.process.reports.fd, self.hear)
         return self
 
+    def hear(self) -> None:
+        "Take what has arrived."
+
     def ignore(self) -> None:
         "Hear them no longer."
         if self._loop is not None and self.process is not None:
             self._loop.remove_reader(self.process.reports.fd)
+
+# %% ../../nbs/serving/03b_remote.ipynb #11c14022
+class SelfRepairing(RemoteEngine):
+    "Replaces its process when it dies; `died` is told, with the reason in `failure`."
+
+    def take(self, report: Report) -> None:
+        "What to do with a report."
+
+    def died(self) -> None:
+        "What to do about those who were inside."
 
     def hear(self) -> None:
         "Take what has arrived, or note that it is gone."
@@ -75,19 +88,6 @@ class RemoteEngine:
             self.take(report)
         if self.process.reports.closed:
             self.bury()
-
-    def take(self, report: Report) -> None:
-        "What to do with a report."
-
-    def bury(self) -> None:
-        "What to do when the process is gone."
-
-# %% ../../nbs/serving/03b_remote.ipynb #f4e23e9c
-class SelfRepairing(RemoteEngine):
-    "Replaces its process when it dies; `died` is told, with the reason in `failure`."
-
-    def died(self) -> None:
-        "What to do about those who were inside."
 
     def bury(self) -> None:
         "Let go of a process that is gone and begin to replace it."
@@ -101,6 +101,13 @@ class SelfRepairing(RemoteEngine):
         wait = None if self.closing else self._patience.wait(time.monotonic())
         if wait is not None:
             self._repair = asyncio.ensure_future(self.replace(wait))
+
+    async def replace(self, wait: float) -> None:
+        "Start a new process after `wait` seconds."
+
+# %% ../../nbs/serving/03b_remote.ipynb #fef449d5
+class Repaired(SelfRepairing):
+    "How a process is replaced, and how it ends."
 
     async def replace(self, wait: float) -> None:
         "Start a new process after `wait` seconds; more patience if that fails, too."
@@ -126,7 +133,7 @@ class SelfRepairing(RemoteEngine):
             self.process = None
 
 # %% ../../nbs/serving/03b_remote.ipynb #e69898fd
-class RemoteLoop(SelfRepairing):
+class RemoteLoop(Repaired):
     "Requests and mailboxes over an engine process; everything is called from the event loop."
 
     def __init__(self, spec: dict[str, Any], bounds: Bounds, name: str = "engine") -> None:
@@ -165,14 +172,9 @@ class RemoteLoop(SelfRepairing):
         if self.process is not None:
             self.process.send(orders)
 
-    def load(self) -> tuple[int, int, float]:
-        "Requests in the batch, requests waiting, and the share of the KV memory in use."
-        running = sum(t.started > 0 for t in self.tickets.values())
-        return running, len(self.tickets) - running, float(getattr(self.stats, "kv_used", 0.0))
-
 # %% ../../nbs/serving/03b_remote.ipynb #409ae122
-class Remote(RemoteLoop):
-    "A `RemoteLoop` that delivers: outputs to their mailboxes, refusals and failures as `ApiError`s."
+class Delivery(RemoteLoop):
+    "Brings outputs to their mailboxes, refusals and failures as `ApiError`s."
 
     def take(self, report: Report) -> None:
         "Deliver what a step made."
@@ -199,6 +201,15 @@ class Remote(RemoteLoop):
         self.orders = Orders()
         for request_id in list(self.tickets):
             self.fail(request_id, engine_failed(self.failure))
+
+# %% ../../nbs/serving/03b_remote.ipynb #c5e5ef5f
+class Remote(Delivery):
+    "An engine process with the face of `EngineLoop`: `submit`, `abort`, `load`, `close`."
+
+    def load(self) -> tuple[int, int, float]:
+        "Requests in the batch, requests waiting, and the share of the KV memory in use."
+        running = sum(t.started > 0 for t in self.tickets.values())
+        return running, len(self.tickets) - running, float(getattr(self.stats, "kv_used", 0.0))
 
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the process."
