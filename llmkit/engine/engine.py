@@ -21,7 +21,7 @@ from .scheduler import Plan, Scheduler, Sequence
 
 # %% auto #0
 __all__ = ['check_prompt', 'check_able', 'StepStats', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan',
-           'score_rows', 'emit', 'Parts', 'Door', 'restore', 'Engine', 'generate']
+           'score_rows', 'emit', 'Parts', 'Door', 'set_adapter', 'restore', 'Engine', 'generate']
 
 # %% ../../nbs/engine/05_engine.ipynb #c260714b
 def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
@@ -196,6 +196,22 @@ class Door(Parts):
         if found := self.leave(request_id):
             self.aborted.append(Output(request_id, [], finish="abort"))
         return found
+
+# %% ../../nbs/engine/05_engine.ipynb #27ae4706
+def set_adapter(
+    engine: Parts,
+    name: str,
+    folder: str,  # a peft folder; empty takes the adapter out
+) -> None:
+    "Load or unload a LoRA adapter of an engine; `ConfigError` if its runner takes none, or what the runner says."
+    if not engine.able.adapters:
+        hint = "serve it with variant torch, or merge the adapter with llmkit.engine.adapters.merged_model"
+        raise ConfigError(f"adapter {name!r}: the {engine.able.runner} runner takes none", hint)
+    runner: Any = engine.runner
+    if folder:
+        runner.load_adapter(name, folder)
+    else:
+        runner.unload_adapter(name)
 
 # %% ../../nbs/engine/05_engine.ipynb #728b9bad
 def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -> None:

@@ -10,27 +10,28 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from ..core.errors import LLMKitError
-from .engine import StepStats
+from .engine import StepStats, set_adapter
 from .request import Output, Request
 from .runners import Capabilities
 
 # %% auto #0
-__all__ = ['Orders', 'Report', 'Messages', 'send', 'take', 'work', 'main', 'launch', 'EngineProcess', 'wait_ready']
+__all__ = ['Orders', 'Report', 'Messages', 'send', 'why_not', 'take', 'work', 'main', 'launch', 'EngineProcess', 'wait_ready']
 
 # %% ../../nbs/engine/05b_process.ipynb #e2d74627
 @dataclass(slots=True)
 class Orders:
-    "What the engine is to do: requests to add and ids to abort."
+    "What the engine is to do: requests to add, ids to abort, adapters to load or (without a folder) unload."
 
     add: list[Request] = field(default_factory=list)
     abort: list[str] = field(default_factory=list)
+    adapters: list[tuple[str, str]] = field(default_factory=list)  # name, folder
 
 # %% ../../nbs/engine/05b_process.ipynb #63e2df5f
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Report:
     outputs: list[Output] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)  # ids that got a slot
+    adapters: list[tuple[str, str]] = field(default_factory=list)  # name, why it was not done; empty if it was
     stats: StepStats = field(default_factory=StepStats)
     able: Capabilities | None = None
     max_length: int = 0
@@ -76,32 +78,40 @@ def send(fd: int, message: Any) -> None:
         view = view[os.write(fd, view) :]
 
 # %% ../../nbs/engine/05b_process.ipynb #70080d17
-def take(engine: Any, orders: Orders) -> list[tuple[str, str]]:
-    "Carry out orders; the requests that the engine refuses, each with the reason."
-    refused = []
+def why_not(do: Callable[..., None], *args: Any) -> str:
+    "Do it; the reason if it is refused."
+    try:
+        do(*args)
+    except (LLMKitError, ValueError) as e:
+        return str(e)
+    return ""
+
+# %% ../../nbs/engine/05b_process.ipynb #547b98ab
+def take(engine: Any, orders: Orders, report: Report) -> None:
+    "Carry out orders and note in `report` what was refused."
     for request_id in orders.abort:
         engine.abort(request_id)
     for request in orders.add:
-        try:
-            engine.add(request)
-        except (LLMKitError, ValueError) as e:
-            refused.append((request.id, str(e)))
-    return refused
+        if why := why_not(engine.add, request):
+            report.refused.append((request.id, why))
+    report.adapters += [(name, why_not(set_adapter, engine, name, folder)) for name, folder in orders.adapters]
 
 # %% ../../nbs/engine/05b_process.ipynb #0006c1e3
 def work(engine: Any, inbox: Messages, out: int) -> None:
     "Run `engine` until the inbox closes; one report a step."
     while True:
-        refused: list[tuple[str, str]] = []
-        while inbox.waiting(0 if engine.has_work or refused else None):
+        report = Report()
+        while inbox.waiting(0 if engine.has_work or report.refused or report.adapters else None):
             for orders in inbox.read():
-                refused += take(engine, orders)
+                take(engine, orders, report)
             if inbox.closed:
                 return
-        outputs = engine.step() if engine.has_work else []
-        admitted = getattr(engine, "admitted", [])
-        if outputs or refused or admitted:
-            send(out, Report(outputs, refused, admitted, engine.stats))
+        if engine.has_work:
+            report.outputs = engine.step()
+            report.admitted = getattr(engine, "admitted", [])
+        report.stats = engine.stats
+        if report.outputs or report.refused or report.admitted or report.adapters:
+            send(out, report)
 
 # %% ../../nbs/engine/05b_process.ipynb #a6dc0b6c
 def main() -> None:

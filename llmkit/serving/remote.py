@@ -139,6 +139,7 @@ class RemoteLoop(Repaired):
     def __init__(self, spec: dict[str, Any], bounds: Bounds, name: str = "engine") -> None:
         super().__init__(spec, name)
         self.bounds, self.tickets, self.orders = bounds, dict[str, Ticket](), Orders()
+        self.asked: dict[str, asyncio.Future] = {}  # adapters that are being loaded or unloaded
         self.stats: Any = None
 
     def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
@@ -162,7 +163,7 @@ class RemoteLoop(Repaired):
 
     def order(self) -> Orders:
         "The orders that go out at the end of this turn of the event loop."
-        if not self.orders.add and not self.orders.abort:
+        if not (self.orders.add or self.orders.abort or self.orders.adapters):
             asyncio.get_running_loop().call_soon(self.flush)
         return self.orders
 
@@ -182,6 +183,9 @@ class Delivery(RemoteLoop):
         for request_id in report.admitted:
             if (ticket := self.tickets.get(request_id)) is not None:
                 ticket.started = ticket.started or now
+        for name, why in report.adapters:
+            if (asked := self.asked.pop(name, None)) is not None and not asked.done():
+                asked.set_result(why)
         for request_id, why in report.refused:
             self.fail(request_id, ApiError(400, why, code="invalid_request"))
         for output in report.outputs:
@@ -199,6 +203,8 @@ class Delivery(RemoteLoop):
     def died(self) -> None:
         "Tell everybody inside."
         self.orders = Orders()
+        while self.asked:
+            self.asked.popitem()[1].set_result(self.failure)
         for request_id in list(self.tickets):
             self.fail(request_id, engine_failed(self.failure))
 
@@ -210,6 +216,17 @@ class Remote(Delivery):
         "Requests in the batch, requests waiting, and the share of the KV memory in use."
         running = sum(t.started > 0 for t in self.tickets.values())
         return running, len(self.tickets) - running, float(getattr(self.stats, "kv_used", 0.0))
+
+    async def adapter(self, name: str, folder: str) -> None:
+        "Load a LoRA adapter, or unload it if `folder` is empty; ApiError 400 or 409 with the reason."
+        if name in self.asked:
+            raise ApiError(409, f"adapter {name!r} is on its way", "name", "adapter_busy")
+        if self._loop is None:
+            self.listen()
+        done = self.asked[name] = asyncio.get_running_loop().create_future()
+        self.order().adapters.append((name, folder))
+        if why := await done:
+            raise ApiError(400, why, "name", "invalid_adapter")
 
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the process."
