@@ -96,7 +96,8 @@ NUMBERS = {
     " {perplexity_unigram:.0f}, trigram {perplexity_trigram:.1f}), next token {accuracy:.1%}",
     "register_model": "version {version:.0f}",
     "optimize_model": "decoding at batch 8: torch {torch_decode_tokens_per_s_8:,.0f}, fp32"
-    " {fp32_decode_tokens_per_s_8:,.0f}, int4 {int4_decode_tokens_per_s_8:,.0f} tokens/s",
+    " {fp32_decode_tokens_per_s_8:,.0f}, int4 {int4_decode_tokens_per_s_8:,.0f},"
+    " w8a8 {w8a8_decode_tokens_per_s_8:,.0f} tokens/s",
     "serve_model": "{rps:.1f} requests/s, latency p95 {latency_p95_s:.3f} s, greedy equal"
     " {greedy_equal:.0f} of {greedy_prompts:.0f}",
     "monitor_model": "{requests:.0f} requests, {error_rate:.1%} errors, first token p95 {ttft_p95_s:.3f} s",

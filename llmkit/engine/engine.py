@@ -5,20 +5,23 @@
 # %% ../../nbs/engine/05_engine.ipynb #cc4b8dea
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..core.errors import DataError
+from ..core.errors import ConfigError, DataError
+from .prefix import PIECE, PrefixCache, block_names
 from .request import Finish, Output, Request, SamplingParams, TokenLogprob
-from .runners import Runner
-from .sampling import prompt_logprobs, sample, token_logprobs
+from .runners import Capabilities, Runner
+from .sampling import Sampler, choose, token_logprobs
 from .scheduler import Plan, Scheduler, Sequence
 
 # %% auto #0
-__all__ = ['check_prompt', 'StepStats', 'why_finished', 'Row', 'run_plan', 'sample_rows', 'score_rows', 'emit', 'count', 'Intake',
-           'Engine', 'generate']
+__all__ = ['check_prompt', 'check_able', 'StepStats', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan',
+           'score_rows', 'emit', 'Intake', 'restore', 'Engine', 'generate']
 
 # %% ../../nbs/engine/05_engine.ipynb #c260714b
 def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
@@ -33,6 +36,19 @@ def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
     if bad := next((t for t in request.prompt if not 0 <= t < vocab_size), None):
         raise DataError(f"request {request.id!r} has token id {bad}", f"ids go from 0 to {vocab_size - 1}")
 
+# %% ../../nbs/engine/05_engine.ipynb #b427fb9b
+def check_able(request: Request, able: Capabilities) -> None:
+    "Raise `ConfigError` that names the setting of `request` that the runner cannot honour."
+    p = request.params
+    wanted = {
+        "prompt_logprobs": (p.prompt_logprobs > 0, able.prompt_logprobs),
+        "grammar": (bool(p.grammar), able.grammar),
+        "logit_bias": (bool(p.logit_bias), able.logit_bias),
+        "adapter": (bool(request.adapter), able.adapters),
+    }
+    if bad := next((name for name, (asked, can) in wanted.items() if asked and not can), None):
+        raise ConfigError(f"{bad}: the {able.runner} runner cannot do it", "leave it out, or serve another variant")
+
 # %% ../../nbs/engine/05_engine.ipynb #6a56691d
 @dataclass(slots=True)
 class StepStats:
@@ -40,9 +56,12 @@ class StepStats:
 
     running: int = 0  # requests in slots
     waiting: int = 0  # requests in the queue
-    kv_used: float = 0.0  # share of the cache's positions in use, 0 to 1
+    kv_used: float = 0.0  # share of the memory for keys and values, 0 to 1
     prompt_tokens: int = 0  # prompt tokens read in the latest step
     generated_tokens: int = 0  # tokens generated in the latest step
+    preemptions: int = 0  # since the start, like the following
+    prefix_queries: int = 0  # prompt tokens that were looked up
+    prefix_hits: int = 0  # and found
 
 # %% ../../nbs/engine/05_engine.ipynb #8939a8d4
 def why_finished(sequence: Sequence, eos: Many[int], max_length: int) -> Finish | None:
@@ -56,85 +75,105 @@ def why_finished(sequence: Sequence, eos: Many[int], max_length: int) -> Finish 
 
 # %% ../../nbs/engine/05_engine.ipynb #2e634a7f
 @dataclass(slots=True)
-class Row:
-    "The logits from which a sequence's next token is chosen, and the scores of its prompt if it asked."
+class Batch:
+    "Sequences that get a token in this step, and the logits [n, V] from which it is chosen."
 
-    sequence: Sequence
-    logits: np.ndarray  # [V]
-    scores: list[TokenLogprob | None] | None = None
+    sequences: list[Sequence]
+    logits: np.ndarray
+
+# %% ../../nbs/engine/05_engine.ipynb #b271f1b4
+def score_piece(sequence: Sequence, logits: np.ndarray) -> None:
+    "Add the log probabilities of the prompt tokens that follow the piece's positions (logits [n, V])."
+    prompt, scores = sequence.request.prompt, sequence.scores
+    scores += [] if scores else [None]  # nothing comes before the first token
+    skip = len(scores) - 1 - sequence.read  # scored before a preemption
+    wanted = prompt[len(scores) : sequence.read + 1 + len(logits)]
+    scores += token_logprobs(logits[skip : skip + len(wanted)], wanted, sequence.request.params.prompt_logprobs)
+
+# %% ../../nbs/engine/05_engine.ipynb #c8337889
+def read_piece(runner: Runner, cache: PrefixCache, sequence: Sequence) -> np.ndarray:
+    "Read the next piece of a prompt; logits [1, V] after it."
+    ids, start, request = sequence.piece(), sequence.read, sequence.request
+    every = request.params.prompt_logprobs > 0 and start < len(request.prompt)
+    logits = runner.prefill(sequence.slot, ids, every, request.adapter)
+    if every:
+        score_piece(sequence, logits)
+    block = start // PIECE
+    if len(ids) == PIECE and block < len(sequence.names) and sequence.names[block] not in cache:
+        cache.put(sequence.names[block], runner.read_kv(sequence.slot, start, start + PIECE))
+    sequence.read += len(ids)
+    return logits[-1:]
 
 # %% ../../nbs/engine/05_engine.ipynb #ff07849f
-def run_plan(runner: Runner, plan: Plan) -> list[Row]:
-    "Compute what the plan asks for: one row a sequence."
-    rows: list[Row] = []
-    if plan.running:
-        logits = runner.decode([s.slot for s in plan.running], [s.tokens[-1] for s in plan.running])
-        rows = [Row(s, row) for s, row in zip(plan.running, logits, strict=True)]
-    for s in plan.admitted:
-        logits, k = runner.prefill(s.slot, s.request.prompt), s.request.params.prompt_logprobs
-        rows.append(Row(s, logits[-1], prompt_logprobs(logits, s.request.prompt, k) if k else None))
-    return rows
-
-# %% ../../nbs/engine/05_engine.ipynb #5042b3f8
-def sample_rows(rows: Many[Row]) -> list[int]:
-    "The next token of each row."
-    if not rows:
-        return []
-    asked = [(r.sequence, r.sequence.request.params) for r in rows]
-    uniforms = np.array([s.rng.random() if p.temperature > 0 else 0.0 for s, p in asked])
-    return sample(np.stack([r.logits for r in rows]), [p for _, p in asked], uniforms).tolist()
+def run_plan(runner: Runner, cache: PrefixCache, plan: Plan) -> list[Batch]:
+    "Compute what the plan asks for; the batches of those who get a token."
+    batches: list[Batch] = []
+    if plan.decode:
+        logits = runner.decode([s.slot for s in plan.decode], [s.tokens[-1] for s in plan.decode])
+        for s in plan.decode:
+            s.read += 1
+        batches.append(Batch(plan.decode, logits))
+    for s in plan.pieces:
+        logits = read_piece(runner, cache, s)
+        if s.read == len(s):
+            batches.append(Batch([s], logits))
+    return batches
 
 # %% ../../nbs/engine/05_engine.ipynb #71026383
-def score_rows(rows: Many[Row], tokens: Many[int]) -> list[list[TokenLogprob]]:
+def score_rows(batch: Batch, tokens: Many[int]) -> list[list[TokenLogprob]]:
     "The log probability of each row's token in a list of one, or an empty list where none is wanted."
-    wanted = [r.sequence.request.params.logprobs for r in rows]
-    found: list[list[TokenLogprob]] = [[] for _ in rows]
+    wanted = [s.request.params.logprobs for s in batch.sequences]
+    found: list[list[TokenLogprob]] = [[] for _ in wanted]
     for k in set(wanted) - {0}:
         group = [i for i, w in enumerate(wanted) if w == k]
-        scores = token_logprobs(np.stack([rows[i].logits for i in group]), [tokens[i] for i in group], k)
-        for i, one in zip(group, scores, strict=True):
+        logits = batch.logits if len(group) == len(wanted) else batch.logits[group]
+        for i, one in zip(group, token_logprobs(logits, [tokens[i] for i in group], k), strict=True):
             found[i] = [one]
     return found
 
 # %% ../../nbs/engine/05_engine.ipynb #fd824e61
-def emit(row: Row, token: int, logprobs: list[TokenLogprob], eos: Many[int], max_length: int) -> Output:
-    "Append `token` to the row's sequence and describe what is new."
-    sequence, params = row.sequence, row.sequence.request.params
-    output = Output(sequence.request.id, [], prompt_logprobs=row.scores)
+def emit(sequence: Sequence, token: int, logprobs: list[TokenLogprob], eos: Many[int], max_length: int) -> Output:
+    "Append `token` to the sequence and describe what is new."
+    params, output = sequence.request.params, Output(sequence.request.id, [])
+    if not sequence.tokens:
+        output.prompt_logprobs, output.cached = sequence.scores or None, sequence.cached
     if params.max_tokens:
         sequence.tokens.append(token)
+        sequence.sampler.accept(token)
         output.tokens, output.logprobs = [token], logprobs
     output.finish = why_finished(sequence, eos, max_length)
     return output
-
-# %% ../../nbs/engine/05_engine.ipynb #b038f49e
-def count(scheduler: Scheduler, runner: Runner, prompt_tokens: int = 0, generated_tokens: int = 0) -> StepStats:
-    "The statistics after a step that read and generated this many tokens."
-    used = sum(len(s) for s in scheduler.running.values()) / (runner.slots * runner.max_length)
-    return StepStats(len(scheduler.running), len(scheduler.waiting), used, prompt_tokens, generated_tokens)
 
 # %% ../../nbs/engine/05_engine.ipynb #76093096
 class Intake:
     "The half of the engine that takes requests in and lets them go."
 
-    def __init__(self, runner: Runner, eos_ids: Many[int], prefill_tokens: int = 512) -> None:
-        self.runner, self.eos_ids = runner, tuple(eos_ids)
-        self.scheduler = Scheduler(runner.slots, prefill_tokens)
+    def __init__(
+        self,
+        runner: Runner,
+        eos_ids: Many[int],
+        capacity: int | None = None,  # tokens in memory; None: every slot at its full length
+        prefix_bytes: int = 0,  # of the prefix cache
+        salt: str = "",  # the revision of the weights
+        compile: Callable[[str], Any] | None = None,  # grammar text -> constraint
+    ) -> None:
+        self.runner, self.eos_ids, self.salt, self.compile = runner, tuple(eos_ids), salt, compile
+        self.able, room = runner.capabilities(), capacity or runner.slots * runner.max_length
+        self.scheduler, self.max_length = Scheduler(runner.slots, room), min(runner.max_length, room)
+        self.cache = PrefixCache(prefix_bytes if self.able.prefix_cache else 0)
         self.stats = StepStats()
         self.aborted: list[Output] = []  # not yet reported
+        self.admitted: list[str] = []  # ids that the latest step gave a slot
 
     def add(self, request: Request) -> None:
-        "Queue a request; `DataError` if it can never run or its id is in use."
-        check_prompt(request, self.runner.vocab_size, self.runner.max_length)
-        self.scheduler.add(Sequence(request))
-        self.stats = count(self.scheduler, self.runner)
-
-    def abort(self, request_id: str) -> bool:
-        "Drop a request and free its slot at once; the next step reports it. False if it is not there (any more)."
-        if found := self.leave(request_id):
-            self.aborted.append(Output(request_id, [], finish="abort"))
-            self.stats = count(self.scheduler, self.runner)
-        return found
+        "Queue a request; `DataError` or `ConfigError` if it can never run or its id is in use."
+        check_prompt(request, self.runner.vocab_size, self.max_length)
+        check_able(request, self.able)
+        if request.params.grammar and self.compile is None:
+            raise ConfigError("grammar: this engine knows no tokenizer", "make it with llmkit.engine.spec.load_engine")
+        grammar = self.compile(request.params.grammar) if self.compile and request.params.grammar else None
+        stops = () if request.params.ignore_eos else self.eos_ids
+        self.scheduler.add(Sequence(request, Sampler(request.params, request.prompt, stops, grammar)))
 
     def leave(self, request_id: str) -> bool:
         "Free what a request holds; False if it is not there."
@@ -143,29 +182,69 @@ class Intake:
             self.runner.free(sequence.slot)
         return sequence is not None
 
+    def abort(self, request_id: str) -> bool:
+        "Drop a request and free its slot at once; the next step reports it. False if it is not there (any more)."
+        if found := self.leave(request_id):
+            self.aborted.append(Output(request_id, [], finish="abort"))
+        return found
+
     @property
     def has_work(self) -> bool:
         "Whether a step has something to do."
         return bool(self.scheduler.running or self.scheduler.waiting or self.aborted)
+
+# %% ../../nbs/engine/05_engine.ipynb #728b9bad
+def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -> None:
+    "Write the blocks that the cache holds of a sequence's prompt into its slot."
+    request = sequence.request
+    if not cache.limit:
+        return
+    salt = f"{salt}/{request.adapter}"
+    sequence.names = sequence.names or list(block_names(request.prompt, salt))
+    for block in () if request.params.prompt_logprobs else cache.match(request.prompt, salt):
+        runner.write_kv(sequence.slot, block)
+        sequence.read += PIECE
+    sequence.cached = sequence.cached or sequence.read
 
 # %% ../../nbs/engine/05_engine.ipynb #03f56eaa
 class Engine(Intake):
     "Runs many requests on one runner; not thread-safe: the thread that calls `step` calls the rest too."
 
     def step(self) -> list[Output]:
-        "Advance every running request by one token and say what is new."
+        "Advance every running request by one token or piece, and say what is new."
+        plan = self.schedule()
+        batches = run_plan(self.runner, self.cache, plan)
+        tokens = [choose(b.logits, [s.sampler for s in b.sequences]) for b in batches]
+        outputs = [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
+        self.count(plan, outputs)
+        aborted, self.aborted = self.aborted, []
+        return aborted + outputs
+
+    def schedule(self) -> Plan:
+        "The scheduler's plan, slots emptied and filled as it says."
         plan = self.scheduler.plan()
-        rows = run_plan(self.runner, plan)
-        tokens = sample_rows(rows)
-        scored = zip(rows, tokens, score_rows(rows, tokens), strict=True)
-        outputs = [emit(*row, self.eos_ids, self.runner.max_length) for row in scored]
+        for slot in plan.preempted:
+            self.runner.free(slot)
+        self.admitted = [s.request.id for s in plan.admitted]
+        for sequence in plan.admitted:
+            restore(self.runner, self.cache, self.salt, sequence)
+        return plan
+
+    def emit(self, batch: Batch, tokens: Many[int]) -> list[Output]:
+        "The outputs of a batch; whoever is finished leaves."
+        scored = zip(batch.sequences, tokens, score_rows(batch, tokens), strict=True)
+        outputs = [emit(*row, self.eos_ids, self.max_length) for row in scored]
         for output in outputs:
             if output.finish:
                 self.leave(output.request_id)
-        read, made = sum(len(s.request.prompt) for s in plan.admitted), sum(len(o.tokens) for o in outputs)
-        self.stats = count(self.scheduler, self.runner, read, made)
-        aborted, self.aborted = self.aborted, []
-        return aborted + outputs
+        return outputs
+
+    def count(self, plan: Plan, outputs: list[Output]) -> None:
+        "Bring the statistics up to date."
+        s, c, made = self.scheduler, self.cache, sum(len(o.tokens) for o in outputs)
+        read = sum(min(PIECE, x.read - x.cached) for x in plan.pieces)
+        totals = (s.preemptions, c.queries, c.hits)
+        self.stats = StepStats(len(s.running), len(s.waiting), s.used / s.capacity, read, made, *totals)
 
 # %% ../../nbs/engine/05_engine.ipynb #1fff3c5a
 def generate(

@@ -5,6 +5,7 @@
 # %% ../../nbs/engine/02_kvcache.ipynb #00e1f5fc
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from ..core.errors import RunError
 
 # %% auto #0
-__all__ = ['move_row', 'swap_rows', 'SlotTable', 'KVCache']
+__all__ = ['move_row', 'swap_rows', 'SlotTable', 'PagedArray', 'KVCache']
 
 # %% ../../nbs/engine/02_kvcache.ipynb #1070180c
 def move_row(
@@ -60,13 +61,31 @@ class SlotTable:
         self.lengths[slot] = length
         return length
 
+# %% ../../nbs/engine/02_kvcache.ipynb #b0c2427b
+class PagedArray:
+    "Zeros [parts, rows, ...] whose rows can be given back to the system; `data` is the array."
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._map = mmap.mmap(-1, int(np.prod(shape)) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.data = np.frombuffer(self._map, np.float32).reshape(shape)
+
+    def release(self, row: int) -> None:
+        "Give the whole pages of `row` back; they read as zeros afterwards."
+        size = self.data.strides[1]
+        for part in range(len(self.data)):
+            start = part * self.data.strides[0] + row * size
+            first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
 # %% ../../nbs/engine/02_kvcache.ipynb #97b7d006
 class KVCache(SlotTable):
     "Keys and values of up to `slots` sequences; `data[:, : len(cache)]` are the open ones."
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, slots: int, max_length: int) -> None:
         super().__init__(slots, max_length)
-        self.data = np.zeros((2 * layers, slots, kv_heads, max_length, head_dim), np.float32)  # key, value, key, ...
+        self._paged = PagedArray((2 * layers, slots, kv_heads, max_length, head_dim))  # key, value, key, ...
+        self.data = self._paged.data
 
     def free(self, slot: int) -> None:
         "Forget `slot`; the last row moves into its place. A slot that is not open is left alone."
@@ -76,6 +95,7 @@ class KVCache(SlotTable):
         if row != last:
             move_row(self.data, last, row, self.lengths[self.rows[last]])
             self.rows[row] = self.rows[last]
+        self._paged.release(last)
         self.rows.pop()
         del self.lengths[slot]
 
@@ -88,3 +108,14 @@ class KVCache(SlotTable):
             swap_rows(self.data, target, source, length)
             self.rows[target], self.rows[source] = self.rows[source], self.rows[target]
         return [self.rows.index(s) for s in slots]
+
+    def read(self, slot: int, start: int, stop: int) -> np.ndarray:
+        "A copy of positions `start` to `stop`, [2 * layers, kv_heads, positions, head_dim]."
+        return self.data[:, self.rows.index(slot), :, start:stop].copy()
+
+    def append(self, slot: int, block: np.ndarray) -> None:
+        "Put positions that `read` returned behind what `slot` holds, which may be nothing yet."
+        if slot not in self.lengths:
+            self.open(slot)
+        stop = self.grow(slot, block.shape[2])
+        self.data[:, self.rows.index(slot), :, stop - block.shape[2] : stop] = block

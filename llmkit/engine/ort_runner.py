@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..core.errors import ModelError
+from ..core.errors import ConfigError, ModelError
 from ..core.run import read_json
 from .kvcache import KVCache
+from .runners import LOGITS_AT, Capabilities
 
 # %% auto #0
-__all__ = ['open_session', 'length_mask', 'wrap_rows', 'run_rows', 'OrtRunner']
+__all__ = ['open_session', 'length_mask', 'wrap_rows', 'run_rows', 'OrtMemory', 'OrtRunner']
 
 # %% ../../nbs/engine/04a_ort_runner.ipynb #fe222443
 def open_session(
@@ -56,10 +57,11 @@ def run_rows(
     values: Sequence[ort.OrtValue],  # key and value of each layer
     ids: np.ndarray,  # [rows, n], int64
     lengths: Sequence[int],  # of each row, the new tokens counted
+    at: np.ndarray,  # [k], int64: the positions in `ids` whose logits are wanted
     vocab_size: int,
 ) -> np.ndarray:
-    "Append `ids` to the rows behind `values`; logits [rows, n, vocab_size]."
-    logits = np.empty((*ids.shape, vocab_size), np.float32)
+    "Append `ids` to the rows behind `values`; logits [rows, k, vocab_size]."
+    logits = np.empty((len(ids), len(at), vocab_size), np.float32)
     binding: Any = session.io_binding()
     out = ort.OrtValue.ortvalue_from_numpy(logits)  # the name keeps it alive: a binding does not
     binding.bind_ortvalue_output("logits", out)
@@ -69,32 +71,65 @@ def run_rows(
         binding.bind_ortvalue_output(f"present.{name}", value)
     binding.bind_cpu_input("input_ids", ids)
     binding.bind_cpu_input("attention_mask", length_mask(lengths))
+    binding.bind_cpu_input(LOGITS_AT, at)
     session.run_with_iobinding(binding)
     return logits
 
-# %% ../../nbs/engine/04a_ort_runner.ipynb #727cf7a4
-class OrtRunner:
-    "A `Runner` over a graph of onnxruntime-genai's builder (fp32 or int4), on the CPU."
+# %% ../../nbs/engine/04a_ort_runner.ipynb #35f9dc27
+class OrtMemory:
+    "Keys and values of a graph's sequences, and the slices of them that onnxruntime sees."
 
-    def __init__(self, folder: str | Path, slots: int, max_length: int, threads: int = 1) -> None:
-        folder = Path(folder)
-        self.session = open_session(folder / "model.onnx", threads)
-        model = read_json(folder / "genai_config.json")["model"]
-        shape = model["decoder"]
+    def __init__(self, folder: str | Path, slots: int, max_length: int) -> None:
+        model = read_json(Path(folder) / "genai_config.json")["model"]
+        shape = [model["decoder"][n] for n in ("num_hidden_layers", "num_key_value_heads", "head_size")]
         self.vocab_size, self.slots, self.max_length = int(model["vocab_size"]), slots, max_length
-        self.cache = KVCache(
-            shape["num_hidden_layers"], shape["num_key_value_heads"], shape["head_size"], slots, max_length
-        )
+        self.cache = KVCache(*shape, slots, max_length)
         self._values = lru_cache(maxsize=None)(partial(wrap_rows, self.cache.data))
 
-    def prefill(self, slot: int, ids: Sequence[int]) -> np.ndarray:
-        "Append `ids` to what `slot` holds; logits [len(ids), vocab_size]."
+    def free(self, slot: int) -> None:
+        "Forget what `slot` holds."
+        self.cache.free(slot)
+
+    def read_kv(self, slot: int, start: int, stop: int) -> np.ndarray:
+        "A copy of the keys and values of positions `start` to `stop`."
+        return self.cache.read(slot, start, stop)
+
+    def write_kv(self, slot: int, block: np.ndarray) -> None:
+        "Append positions that `read_kv` returned."
+        self.cache.append(slot, block)
+
+# %% ../../nbs/engine/04a_ort_runner.ipynb #727cf7a4
+class OrtRunner(OrtMemory):
+    "A `Runner` over exported graphs (fp32, int4, w8a8) on the CPU."
+
+    def __init__(
+        self,
+        folder: str | Path,  # of the variant that decodes
+        slots: int,
+        max_length: int,
+        threads: int = 1,
+        prefill: str | Path | None = None,  # of the variant that reads prompts, if it is another one
+    ) -> None:
+        super().__init__(folder, slots, max_length)
+        names = dict.fromkeys([Path(prefill or folder), Path(folder)])
+        sessions = [open_session(path / "model.onnx", threads) for path in names]
+        self.reader, self.writer = sessions[0], sessions[-1]
+        self.variant = "+".join(path.name for path in names)
+
+    def capabilities(self) -> Capabilities:
+        "Everything but adapters, which are merged into a variant of their own."
+        return Capabilities("ort", self.variant)
+
+    def prefill(self, slot: int, ids: Sequence[int], every: bool = False, adapter: str = "") -> np.ndarray:
+        "Append `ids` to what `slot` holds; logits [1, vocab_size], or [len(ids), vocab_size] for `every` position."
+        if adapter:
+            raise ConfigError(f"adapter {adapter!r}: exported graphs take none", "merge it into a model, or use torch")
         if slot not in self.cache.lengths:
             self.cache.open(slot)
-        length = self.cache.grow(slot, len(ids))
-        row = self.cache.rows.index(slot)
+        lengths = [self.cache.grow(slot, len(ids))]
+        row, at = self.cache.rows.index(slot), np.arange(0 if every else len(ids) - 1, len(ids))
         tokens = np.array([ids], np.int64)
-        return run_rows(self.session, self._values(row, row + 1), tokens, [length], self.vocab_size)[0]
+        return run_rows(self.reader, self._values(row, row + 1), tokens, lengths, at, self.vocab_size)[0]
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         "Append one token to each of `slots`; logits [len(slots), vocab_size]."
@@ -103,8 +138,5 @@ class OrtRunner:
         back = np.argsort(rows)  # the position in `slots` of each row
         tokens = np.array([[ids[i]] for i in back], np.int64)
         values = self._values(0, len(slots))
-        return run_rows(self.session, values, tokens, [lengths[i] for i in back], self.vocab_size)[rows, 0]
-
-    def free(self, slot: int) -> None:
-        "Forget what `slot` holds."
-        self.cache.free(slot)
+        lengths = [lengths[i] for i in back]
+        return run_rows(self.writer, values, tokens, lengths, np.zeros(1, np.int64), self.vocab_size)[rows, 0]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -17,8 +18,22 @@ from ..core.errors import ModelError, RunError
 from ..core.run import read_json
 
 # %% auto #0
-__all__ = ['MADE_FROM', 'SMALL', 'Runner', 'MockRunner', 'eos_ids', 'variant_folder', 'pick_variant', 'auto_threads',
-           'load_runner']
+__all__ = ['LOGITS_AT', 'MADE_FROM', 'Load', 'SMALL', 'Capabilities', 'Runner', 'MockRunner', 'eos_ids', 'variant_folder',
+           'pick_variant', 'auto_threads', 'load_runner']
+
+# %% ../../nbs/engine/04_runners.ipynb #4d927629
+@dataclass(slots=True, frozen=True)
+class Capabilities:
+    "What a runner is and what it can do."
+
+    runner: str  # 'ort', 'torch', 'mock', ...
+    variant: str = ""  # which graph or number format
+    device: str = "cpu"
+    prompt_logprobs: bool = True  # logits at every position of a prompt
+    prefix_cache: bool = True  # keys and values can be read and written
+    adapters: bool = False  # LoRA adapters can be loaded
+    grammar: bool = True  # replies can be held to a grammar
+    logit_bias: bool = True  # single tokens can be favoured
 
 # %% ../../nbs/engine/04_runners.ipynb #4fa6a15f
 class Runner(Protocol):
@@ -28,8 +43,12 @@ class Runner(Protocol):
     max_length: int
     slots: int
 
-    def prefill(self, slot: int, ids: Sequence[int]) -> np.ndarray:
-        "Append `ids` to what `slot` holds; logits [len(ids), vocab_size], float32."
+    def capabilities(self) -> Capabilities:
+        "What it can do."
+        ...
+
+    def prefill(self, slot: int, ids: Sequence[int], every: bool = False, adapter: str = "") -> np.ndarray:
+        "Append `ids` to what `slot` holds; logits [1, vocab_size] after the last, [len(ids), ...] after `every` one."
         ...
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
@@ -40,6 +59,14 @@ class Runner(Protocol):
         "Forget what `slot` holds; nothing happens if it is empty."
         ...
 
+    def read_kv(self, slot: int, start: int, stop: int) -> np.ndarray:
+        "A copy of the keys and values of positions `start` to `stop`, [2 * layers, kv_heads, positions, head_dim]."
+        ...
+
+    def write_kv(self, slot: int, block: np.ndarray) -> None:
+        "Append positions that `read_kv` returned to what `slot` holds."
+        ...
+
 # %% ../../nbs/engine/04_runners.ipynb #1dff4b07
 class MockRunner:
     "A runner without a model: the next token is always the last one plus 1, modulo the vocabulary."
@@ -48,15 +75,19 @@ class MockRunner:
         self.vocab_size, self.max_length, self.slots = vocab_size, max_length, slots
         self.held: dict[int, list[int]] = {}  # what each slot has read
 
-    def _logits(self, ids: Sequence[int]) -> np.ndarray:
-        return 10 * np.eye(self.vocab_size, dtype=np.float32)[(np.array(ids) + 1) % self.vocab_size]
+    def capabilities(self) -> Capabilities:
+        "Everything but adapters."
+        return Capabilities("mock")
 
-    def prefill(self, slot: int, ids: Sequence[int]) -> np.ndarray:
-        "Logits [len(ids), vocab_size]."
+    def prefill(self, slot: int, ids: Sequence[int], every: bool = False, adapter: str = "") -> np.ndarray:
+        "Logits [1 or len(ids), vocab_size]."
         self.held.setdefault(slot, []).extend(ids)
         if len(self.held[slot]) > self.max_length:
             raise RunError(f"slot {slot} cannot hold {len(self.held[slot])} tokens", f"the limit is {self.max_length}")
-        return self._logits(ids)
+        last = np.array(ids if every else ids[-1:])
+        logits = np.zeros((len(last), self.vocab_size), np.float32)
+        logits[np.arange(len(last)), (last + 1) % self.vocab_size] = 10
+        return logits
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         "Logits [len(slots), vocab_size]."
@@ -65,6 +96,17 @@ class MockRunner:
     def free(self, slot: int) -> None:
         "Forget what `slot` holds."
         self.held.pop(slot, None)
+
+    def read_kv(self, slot: int, start: int, stop: int) -> np.ndarray:
+        "The tokens themselves, [1, 1, positions, 1]."
+        return np.array(self.held[slot][start:stop], np.float32).reshape(1, 1, -1, 1)
+
+    def write_kv(self, slot: int, block: np.ndarray) -> None:
+        "Append the tokens of `block`."
+        self.held.setdefault(slot, []).extend(int(t) for t in block.ravel())
+
+# %% ../../nbs/engine/04_runners.ipynb #393afba8
+LOGITS_AT = "logits_at"  # int64 [k]
 
 # %% ../../nbs/engine/04_runners.ipynb #0e748078
 def eos_ids(
@@ -100,11 +142,21 @@ def variant_folder(
         )
     return path
 
+# %% ../../nbs/engine/04_runners.ipynb #e9b1ab77
+Load = Literal["latency", "throughput"]
+
 # %% ../../nbs/engine/04_runners.ipynb #82376c0d
-def pick_variant(folder: str | Path) -> str:
-    "The name of the variant that the model card chose, or 'torch'."
-    chosen = ModelCard.load(folder).chosen()
-    return str(chosen["name"]) if chosen else "torch"
+def pick_variant(
+    folder: str | Path,
+    load: Load = "throughput",
+) -> str:
+    "The fastest variant of each phase among those that the model card accepted: 'NAME', 'PREFILL+DECODE' or 'torch'."
+    fit = [v for v in ModelCard.load(folder).variants if v.get("fits") and v["name"] != "torch"]
+    if not fit:
+        return "torch"
+    speed = "decode_tokens_per_s" if load == "latency" else "decode_tokens_per_s_8"
+    reads, writes = (max(fit, key=lambda v: v[by])["name"] for by in ("prefill_tokens_per_s", speed))
+    return writes if reads == writes else f"{reads}+{writes}"
 
 # %% ../../nbs/engine/04_runners.ipynb #9ad9c58e
 SMALL = 64_000_000  # bytes of weights
@@ -118,14 +170,15 @@ def auto_threads(folder: str | Path) -> int:
 # %% ../../nbs/engine/04_runners.ipynb #7b73ed5e
 def load_runner(
     model_folder: str | Path,
-    variant: str = "auto",  # 'auto', 'torch', or an exported one such as 'fp32' and 'int4'
+    variant: str = "auto",  # 'auto', 'torch', an exported one such as 'int4', or two: 'w8a8+int4' reads with the first
     slots: int = 8,  # how many sequences may run at once
     max_length: int | None = None,  # tokens a sequence, prompt included; None for the model's limit
     threads: int | None = None,  # None: one for a small model, all cores for others
+    load: Load = "throughput",  # what `auto` picks for
 ) -> Runner:
     "A runner over one variant of a model folder; `ModelError` says what is missing."
     folder = check_model_folder(model_folder)
-    name = pick_variant(folder) if variant == "auto" else variant
+    name = pick_variant(folder, load) if variant == "auto" else variant
     limit = int(read_json(folder / "config.json")["max_position_embeddings"])
     if max_length is not None and not 1 <= max_length <= limit:
         raise ModelError(f"max_length = {max_length}, but {folder} has {limit} positions", f"use 1 to {limit}")
@@ -138,4 +191,5 @@ def load_runner(
         return TorchRunner(folder, slots=slots, max_length=max_length or limit, threads=n)
     from llmkit.engine.ort_runner import OrtRunner
 
-    return OrtRunner(variant_folder(folder, name), slots=slots, max_length=max_length or limit, threads=n)
+    folders = [variant_folder(folder, part) for part in name.split("+")]
+    return OrtRunner(folders[-1], slots=slots, max_length=max_length or limit, threads=n, prefill=folders[0])

@@ -9,65 +9,121 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core.errors import ModelError
+from ..core.errors import ConfigError, ModelError
+from .grammar import Constraint
+from .penalties import Penalties, has_penalties
 from .request import SamplingParams, TokenLogprob
 
 # %% auto #0
-__all__ = ['log_softmax', 'keep_best', 'invert', 'draw', 'sample', 'log_sum_exp', 'best_tokens', 'token_logprobs',
+__all__ = ['BLOCK', 'SHORT', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw',
+           'sample', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs',
            'prompt_logprobs']
 
-# %% ../../nbs/engine/01_sampling.ipynb #f35211a8
-def log_softmax(
-    logits: np.ndarray,  # [..., V]
-) -> np.ndarray:
-    "Log probabilities (nats, float64) of `logits` along the last axis."
-    z = logits.astype(np.float64)
-    z -= z.max(axis=-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+# %% ../../nbs/engine/01_sampling.ipynb #49d84c73
+def greedy(
+    logits: np.ndarray,  # [B, V]
+) -> list[int]:
+    "The best token of each row; raises `ModelError` for NaN or infinity."
+    tokens = logits.argmax(axis=1)
+    if not np.isfinite(logits[np.arange(len(logits)), tokens]).all():
+        raise ModelError("the model returned logits that are not finite", "check its weights, they look damaged")
+    return tokens.tolist()
 
-# %% ../../nbs/engine/01_sampling.ipynb #07698059
-def keep_best(
-    probs: np.ndarray,  # [B, V], each row sorted from large to small
-    top_k: np.ndarray,  # [B], 0 for all
-    top_p: np.ndarray,  # [B]
-) -> np.ndarray:
-    "The sorted probabilities with those outside `top_k` and `top_p` set to 0; rows are not normalised again."
-    k = np.where(top_k == 0, probs.shape[1], top_k)
-    probs = np.where(np.arange(probs.shape[1]) < k[:, None], probs, 0.0)
-    before = np.cumsum(probs, axis=1) - probs
-    limit = (top_p * probs.sum(axis=1))[:, None]
-    return np.where((before < limit) | (top_p[:, None] >= 1), probs, 0.0)
+# %% ../../nbs/engine/01_sampling.ipynb #9cb0b2f8
+BLOCK = 256
+
+
+def first_past(
+    weights: np.ndarray,  # [n], 0 or more, not all 0
+    goal: float,
+) -> int:
+    "The first place at which the cumulative weight is more than `goal`."
+    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    goal = min(goal, np.nextafter(blocks[-1], 0))
+    block = int(np.searchsorted(blocks, goal, side="right"))
+    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    rest = min(goal - (blocks[block - 1] if block else 0.0), np.nextafter(inside[-1], 0))
+    return block * BLOCK + int(np.searchsorted(inside, rest, side="right"))
 
 # %% ../../nbs/engine/01_sampling.ipynb #484ec0c0
 def invert(
-    probs: np.ndarray,  # [B, V], need not sum to 1
-    uniforms: np.ndarray,  # [B], in [0, 1)
+    weights: np.ndarray,  # [n], need not sum to 1
+    uniform: float,  # in [0, 1)
+) -> int:
+    "The place at which the cumulative weight passes the uniform number's share of the total."
+    return first_past(weights, uniform * float(weights.sum(dtype=np.float64)))
+
+# %% ../../nbs/engine/01_sampling.ipynb #76a1c5f2
+def soften(
+    logits: np.ndarray,
+    best: float,  # the largest of the row
+    temperature: float,  # above 0
 ) -> np.ndarray:
-    "The column of each row at which the cumulative probability passes the row's uniform number."
-    cumulative = np.cumsum(probs, axis=1)
-    return (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(axis=1)
+    "Unnormalised probabilities at a temperature, the best token's being 1, in the precision of `logits`."
+    with np.errstate(over="ignore"):
+        return np.exp((logits - logits.dtype.type(best)) / logits.dtype.type(max(temperature, 1e-30)))
+
+# %% ../../nbs/engine/01_sampling.ipynb #07698059
+def count_kept(
+    weights: np.ndarray,  # unnormalised probabilities from large to small, the first of them 1
+    params: SamplingParams,
+    total: float,  # the sum of all the row's weights; `weights` may be the best ones alone
+) -> int:
+    "How many of the best tokens the filters keep, at least 1."
+    kept = min(params.top_k or len(weights), len(weights))
+    if params.top_p < 1:
+        goal = params.top_p * (float(weights[:kept].sum()) if params.top_k else total)
+        kept = min(kept, first_past(weights[:kept], np.nextafter(goal, 0)) + 1)  # the place that reaches it
+    if params.min_p > 0:
+        kept = min(kept, len(weights) - int(np.searchsorted(weights[::-1], params.min_p)))
+    return kept
+
+# %% ../../nbs/engine/01_sampling.ipynb #e97739e6
+def best_values(
+    row: np.ndarray,  # [V]
+    count: int,
+) -> np.ndarray:
+    "The `count` largest logits and those equal to the last of them, from large to small."
+    floor = np.partition(row, len(row) - count)[len(row) - count] if count < len(row) else -np.inf
+    return np.sort(row[row >= floor])[::-1]
+
+# %% ../../nbs/engine/01_sampling.ipynb #97273cb2
+SHORT = 4096
+
+
+def shortlist(
+    row: np.ndarray,  # [V]
+    best: float,  # the largest of the row
+    params: SamplingParams,  # with a filter and a temperature above 0
+    total: float,  # the sum of the row's weights, for top_p without top_k
+) -> np.ndarray:
+    "The row's logits from large to small, as far as the filters can reach."
+    if params.top_k:
+        return best_values(row, params.top_k)
+    if params.min_p:
+        lowest = best + params.temperature * (np.log(params.min_p) - 1e-9)
+        return np.sort(row[row >= row.dtype.type(lowest)])[::-1]
+    values = best_values(row, SHORT)
+    reached = soften(values, best, params.temperature).sum(dtype=np.float64)
+    return values if reached > (params.top_p + 1e-6) * total else np.sort(row)[::-1]
 
 # %% ../../nbs/engine/01_sampling.ipynb #f5fdcae8
 def draw(
-    logits: np.ndarray,  # [B, V]
-    params: Sequence[SamplingParams],  # B of them, all with temperature above 0
-    uniforms: np.ndarray,  # [B]
-) -> np.ndarray:
-    "Sampled token ids [B] by temperature, then `top_k`, then `top_p`."
-    z = logits.astype(np.float64) / np.array([[p.temperature] for p in params])
-    probs = np.exp(z - z.max(axis=1, keepdims=True))
-    tokens = np.empty(len(params), np.int64)
-    cut = np.array([p.top_k > 0 or p.top_p < 1 for p in params])
-    if (~cut).any():
-        tokens[~cut] = invert(probs[~cut], uniforms[~cut])
-    if cut.any():
-        order = np.argsort(-probs[cut], axis=1)
-        k = np.array([params[i].top_k for i in np.flatnonzero(cut).tolist()])
-        top_p = np.array([params[i].top_p for i in np.flatnonzero(cut).tolist()])
-        kept = keep_best(np.take_along_axis(probs[cut], order, axis=1), k, top_p)
-        column = invert(kept, uniforms[cut])
-        tokens[cut] = np.take_along_axis(order, column[:, None], axis=1)[:, 0]
-    return tokens
+    row: np.ndarray,  # [V]
+    best: float,  # the largest of the row
+    params: SamplingParams,  # with a temperature above 0
+    uniform: float,  # in [0, 1)
+) -> int:
+    "A token by temperature, then `top_k`, `top_p` and `min_p`."
+    if not (params.top_k or params.top_p < 1 or params.min_p):
+        return invert(soften(row, best, params.temperature), uniform)
+    measured = params.top_p < 1 and not params.top_k
+    total = float(soften(row, best, params.temperature).sum(dtype=np.float64)) if measured else 0.0
+    values = shortlist(row, best, params, total)
+    weights = soften(values.astype(np.float64), best, params.temperature)
+    place = invert(weights[: count_kept(weights, params, total)], uniform)
+    larger = len(values) - int(np.searchsorted(values[::-1], values[place], side="right"))
+    return int(np.flatnonzero(row == values[place])[place - larger])
 
 # %% ../../nbs/engine/01_sampling.ipynb #8636b083
 def sample(
@@ -75,15 +131,84 @@ def sample(
     params: Sequence[SamplingParams],  # B of them
     uniforms: np.ndarray,  # [B], one number from each request's own stream; unused in greedy rows
 ) -> np.ndarray:
-    "Choose one token id a row, [B]; each depends on its own row alone. Raises `ModelError` for NaN or infinity."
-    if len(params) == 0:
-        return np.empty(0, np.int64)
-    if not np.isfinite(logits.max(axis=1)).all():
-        raise ModelError("the model returned logits that are not finite", "check its weights, they look damaged")
-    tokens = logits.argmax(axis=1)
-    hot = np.array([p.temperature > 0 for p in params])
-    if hot.any():
-        tokens[hot] = draw(logits[hot], [params[i] for i in np.flatnonzero(hot).tolist()], uniforms[hot])
+    "Choose one token id a row, [B], by temperature and filters alone. Raises `ModelError` for NaN or infinity."
+    tokens = greedy(logits) if len(params) else []
+    for i, one in enumerate(params):
+        if one.temperature > 0:
+            tokens[i] = draw(logits[i], float(logits[i, tokens[i]]), one, float(uniforms[i]))
+    return np.array(tokens, np.int64)
+
+# %% ../../nbs/engine/01_sampling.ipynb #c2e0ef8b
+class Sampler:
+    "What sampling remembers of one sequence."
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        eos_ids: tuple[int, ...],
+        constraint: Constraint | None = None,  # of `params.grammar`, compiled
+    ) -> None:
+        if params.grammar and constraint is None:
+            raise ConfigError("the request has a grammar, but its sampler got no constraint", "compile the grammar")
+        self.params, self.constraint, self.generated = params, constraint, 0
+        self.rng = np.random.default_rng(params.seed)
+        self.penalties = Penalties(params, prompt) if has_penalties(params) else None
+        self.ends = np.array(sorted({*eos_ids, *params.stop_token_ids}), np.int64)
+
+    @property
+    def edits(self) -> bool:
+        "Whether the next row of logits is changed before a token is chosen."
+        return bool(self.penalties or self.constraint) or self.generated < self.params.min_tokens
+
+    def accept(self, token: int) -> None:
+        "Note the token that was chosen."
+        self.generated += 1
+        if self.penalties:
+            self.penalties.accept(token)
+        if self.constraint:
+            self.constraint.accept(token)
+
+    def edit(
+        self,
+        logits: np.ndarray,  # [V], left as it is
+    ) -> np.ndarray:
+        "The logits from which the next token is chosen."
+        row = logits.copy()
+        if self.penalties:
+            self.penalties.apply(row)
+        if self.constraint:
+            row[~self.constraint.mask()] = -np.inf
+        if self.generated < self.params.min_tokens:
+            ends = self.ends[self.ends < len(row)]
+            before, row[ends] = row[ends], -np.inf
+            if row.max() == -np.inf:
+                row[ends] = before
+        return row
+
+# %% ../../nbs/engine/01_sampling.ipynb #d392c63f
+def check_ids(params: SamplingParams, vocab_size: int) -> None:
+    "Raise `ConfigError` if a biased or a stop token is none of the model's."
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        if bad := next((t for t in ids if not 0 <= t < vocab_size), None):
+            raise ConfigError(f"{name} has the token id {bad}", f"ids go from 0 to {vocab_size - 1}")
+
+# %% ../../nbs/engine/01_sampling.ipynb #12ee20ce
+def choose(
+    logits: np.ndarray,  # [B, V]
+    samplers: Sequence[Sampler],  # B of them; told of the tokens by the caller, through `accept`
+) -> list[int]:
+    "The next token of each row, which depends on its own row and sampler alone; `ModelError` for NaN or infinity."
+    tokens = greedy(logits) if len(samplers) else []
+    for i, sampler in enumerate(samplers):
+        row, hot = logits[i], sampler.params.temperature > 0
+        if sampler.edits:
+            row = sampler.edit(row)
+            tokens[i] = int(row.argmax())
+            if row[tokens[i]] == -np.inf:
+                raise ModelError("no token is left to choose from", "the model rules out all that the request allows")
+        if hot:
+            tokens[i] = draw(row, float(row[tokens[i]]), sampler.params, sampler.rng.random())
     return tokens
 
 # %% ../../nbs/engine/01_sampling.ipynb #d1c28f6e

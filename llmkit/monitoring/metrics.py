@@ -11,8 +11,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% auto #0
-__all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'Buckets', 'Finished',
-           'ModelMetrics', 'observe_request', 'ServerMetrics']
+__all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'OWN', 'Buckets',
+           'Finished', 'ModelMetrics', 'observe_request', 'ServerMetrics']
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #82bb78b3
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -119,6 +119,20 @@ def observe_request(m: ModelMetrics, f: Finished) -> None:
     for name, value in values.items():
         m.histograms[name].observe(value)
 
+# %% ../../nbs/monitoring/01_metrics.ipynb #7312f792
+OWN: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
+    "http_responses": (Counter, "HTTP responses by status", ("path", "status")),
+    "rate_limited": (Counter, "Requests refused because their key was over a limit", ("key", "limit")),
+    "response_cache_hits": (Counter, "Replies given again from the cache", ()),
+    "response_cache_misses": (Counter, "Cacheable requests that were not in the cache", ()),
+    "response_cache_errors": (Counter, "Times that the shared cache did not answer", ()),
+    "response_cache_bytes": (Gauge, "Bytes of replies in the cache", ()),
+    "shadow_requests": (Counter, "Copies of requests sent to a shadow revision", ("revision", "outcome")),
+    "breaker_open": (Gauge, "Whether a revision is closed because it kept failing", ("revision",)),
+    "breaker_rejections": (Counter, "Requests refused by an open breaker", ("revision",)),
+    "request_log_dropped": (Gauge, "Rows that the request log had no room for", ()),
+}
+
 # %% ../../nbs/monitoring/01_metrics.ipynb #f8acc1e9
 class ServerMetrics:
     "All metric families of one server in a registry of its own; `render` is what `/metrics` answers."
@@ -133,7 +147,8 @@ class ServerMetrics:
             n: Histogram(f"{namespace}:{n}", n.replace("_", " "), LABELS, buckets=getattr(b, kind), **kw)
             for n, kind in HISTOGRAMS.items()
         }
-        self.http = Counter("llmkit:http_responses", "HTTP responses by status", ["path", "status"], **kw)
+        self.own: dict[str, Any] = {n: kind(f"llmkit:{n}", h, at, **kw) for n, (kind, h, at) in OWN.items()}
+        self.http = self.own["http_responses"]
 
     def bind(self, model_name: str, engine: str = "0") -> ModelMetrics:
         "The metrics of one model, labels looked up once."

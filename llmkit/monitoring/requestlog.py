@@ -12,7 +12,9 @@ import queue
 import sqlite3
 import threading
 import time
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,10 @@ class RequestRow:
     completion: str = ""  # masked text
     mean_logprob: float | None = None  # of the generated tokens, natural logarithm
     error: str = ""
+    source: str = ""  # 'cache': given again without the engine; 'shadow': a copy, its reply thrown away
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #ab8a859b
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL", float | None: "REAL"}
 COLUMNS = [f.name for f in fields(RequestRow)]
 
@@ -70,7 +73,9 @@ def open_log(path: str | Path) -> sqlite3.Connection:
     try:
         version = con.execute("PRAGMA user_version").fetchone()[0]
         tables = con.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables and version != SCHEMA_VERSION:
+        if version == 1:
+            con.execute("ALTER TABLE requests ADD COLUMN source TEXT DEFAULT ''")  # the one thing that version 2 added
+        elif tables and version != SCHEMA_VERSION:
             raise DataError(f"{path} is not a request log of schema {SCHEMA_VERSION}", "name a new file")
         con.execute("PRAGMA journal_mode = WAL")
         con.execute("PRAGMA synchronous = NORMAL")
@@ -86,17 +91,20 @@ def open_log(path: str | Path) -> sqlite3.Connection:
     return con
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #e178fcd2
-_INSERT = f"INSERT OR IGNORE INTO requests VALUES ({', '.join('?' * len(COLUMNS))})"
+_ROW = f"({', '.join('?' * len(COLUMNS))})"
+_MANY = 500  # rows in a statement
+_values = attrgetter(*COLUMNS)  # `dataclasses.astuple` copies every value: ten times the work
 _LABEL = "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)"
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #7e02d1ce
 def write_batch(con: sqlite3.Connection, items: list[RequestRow | tuple]) -> int:
     "Write rows and labels (request_id, name, value, time) in one transaction; the number of rows whose id was new."
-    rows = [astuple(i) for i in items if isinstance(i, RequestRow)]
+    rows = [_values(i) for i in items if isinstance(i, RequestRow)]
     labels = [i for i in items if isinstance(i, tuple)]
     with con:
         before = con.total_changes
-        con.executemany(_INSERT, rows)
+        for part in (rows[i : i + _MANY] for i in range(0, len(rows), _MANY)):
+            con.execute(f"INSERT OR IGNORE INTO requests VALUES {', '.join([_ROW] * len(part))}", list(chain(*part)))
         new = con.total_changes - before
         con.executemany(_LABEL, labels)
     return new
@@ -107,11 +115,10 @@ def take_batch(q: queue.Queue, gather_s: float, limit: int) -> tuple[list, bool]
     items = [q.get()]
     if items[0] is not None and gather_s:
         time.sleep(gather_s)
-    while len(items) < limit and items[-1] is not None:
-        try:
-            items.append(q.get_nowait())
-        except queue.Empty:
-            break
+    with q.mutex:  # once for all of them: under load, a lock an item costs more than writing the items
+        while len(items) < limit and items[-1] is not None and q.queue:
+            items.append(q.queue.popleft())
+        q.not_full.notify()
     last = items[-1] is None
     return (items[:-1] if last else items), last
 
@@ -183,9 +190,9 @@ class RequestLog(BatchWriter):
     def __init__(
         self,
         path: str | Path,
-        capacity: int = 10_000,  # items that may wait; more are dropped and counted
+        capacity: int = 20_000,  # items that may wait; more are dropped and counted
         gather_s: float = 0.05,  # how long a batch gathers: what a reader may be behind
-        limit: int = 1_000,  # items in a transaction
+        limit: int = 5_000,  # items in a transaction
     ) -> None:
         super().__init__(path, capacity, gather_s, limit)
 
@@ -232,6 +239,7 @@ def read_requests(
     since: float = 0.0,  # seconds since the epoch
     revision: str | None = None,
     alias: str | None = None,
+    shadows: bool = False,  # also the rows of copies that nobody was answered with
 ) -> list[dict[str, Any]]:
     "The rows of a log, oldest first, each a dict of `RequestRow`'s fields and `labels`: {name: value}."
     tests, args = ["time >= ?"], [since]
@@ -241,7 +249,8 @@ def read_requests(
             args.append(value)  # type: ignore[arg-type]
     con = _connect_readonly(Path(path))
     try:
-        return _select(con, "WHERE " + " AND ".join(tests), args)
+        rows = _select(con, "WHERE " + " AND ".join(tests), args)
+        return [r for r in rows if shadows or r.get("source") != "shadow"]
     except sqlite3.DatabaseError as e:
         raise DataError(f"{path} cannot be read as a request log: {e}", "name the --log file of a server") from e
     finally:

@@ -18,6 +18,7 @@ import numpy as np
 from ..core.card import ModelCard
 from ..core.errors import DataError
 from ..core.progress import track
+from ..engine.prefix import PIECE
 from ..engine.runners import Runner, load_runner
 from ..engine.sampling import log_sum_exp
 
@@ -42,7 +43,7 @@ class Quality:
 def read_window(runner: Runner, ids: np.ndarray) -> np.ndarray:
     "Logits [n, V] after each of the token ids [n]; the slot is free again afterwards."
     try:
-        return runner.prefill(0, ids.tolist())
+        return runner.prefill(0, ids.tolist(), every=True)
     finally:
         runner.free(0)
 
@@ -74,9 +75,10 @@ def qualities(
 
 # %% ../../nbs/optimization/07_compare.ipynb #08d29fd0
 def prefill_rate(runner: Runner, ids: Sequence[int]) -> float:
-    "Prompt tokens read a second, one prompt of `ids`."
+    "Prompt tokens read a second, one prompt of `ids`, in the pieces in which an engine reads it."
     start = time.perf_counter()
-    runner.prefill(0, ids)
+    for first in range(0, len(ids), PIECE):
+        runner.prefill(0, ids[first : first + PIECE])
     seconds = time.perf_counter() - start
     runner.free(0)
     return len(ids) / seconds
@@ -131,7 +133,7 @@ def weight_bytes(folder: str | Path, name: str) -> int:
 def compare(
     model_folder: str | Path,
     windows: np.ndarray,  # held-out token ids [n, length]
-    variants: Sequence[str] = ("fp32", "int4"),  # exported ones; torch, the reference, is always in the table
+    variants: Sequence[str] = ("fp32", "int4", "w8a8"),  # exported ones; torch, the reference, is always in the table
     rounds: int = 3,
     threads: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -146,7 +148,7 @@ def compare(
         | {"bytes": weight_bytes(model_folder, n)}
         | {k: round(v, 1) for k, v in rates[n].items()}
         | {"perplexity": quality[n].perplexity, "max_logit_diff": quality[n].max_logit_diff}
-        | {"chosen": False, "reason": ""}
+        | {"fits": n == "torch", "chosen": False, "reason": ""}
         for n in names
     ]
 
@@ -158,7 +160,7 @@ def choose(
     variants: Sequence[Mapping[str, Any]],  # as `compare` returns them, torch first
     quality_budget: float = 0.01,  # relative increase of perplexity
 ) -> list[dict[str, Any]]:
-    "The variants with `chosen` and `reason` filled in; exactly one is chosen."
+    "The variants with `fits` (the budget), `chosen` and `reason` filled in; exactly one is chosen."
     rows = [dict(v) for v in variants]
     base, speed = rows[0]["perplexity"], "decode_tokens_per_s_8"
     loss = {r["name"]: r["perplexity"] / base - 1 for r in rows}
@@ -166,11 +168,11 @@ def choose(
     top = max(r[speed] for r in fit)
     best = min((r for r in fit if r[speed] >= (1 - NOISE) * top), key=lambda r: (r["perplexity"], -r[speed]))
     for r in rows:
-        r["chosen"] = r is best
+        r["fits"], r["chosen"] = any(r is f for f in fit), r is best
         facts = f"{r[speed]:,.0f} tokens/s at 8 sequences, perplexity {loss[r['name']]:+.2%}"
         if r is best:
             r["reason"] = f"fastest within the budget of {quality_budget:+.2%}: {facts}"
-        elif not any(r is f for f in fit):
+        elif not r["fits"]:
             r["reason"] = f"perplexity {loss[r['name']]:+.2%} is over the budget of {quality_budget:+.2%}"
         elif r[speed] >= (1 - NOISE) * top:
             r["reason"] = f"as fast as {best['name']} within {NOISE:.0%}, but no better: {facts}"

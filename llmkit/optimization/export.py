@@ -19,11 +19,11 @@ from unittest.mock import patch
 from ..core.card import check_model_folder, revision
 from ..core.errors import ConfigError, ModelError, require
 from ..core.run import read_json, write_json
-from ..engine.runners import MADE_FROM
+from ..engine.runners import LOGITS_AT, MADE_FROM
 
 # %% auto #0
-__all__ = ['Precision', 'BLOCK', 'INT4', 'builder_options', 'builder', 'is_output_layer', 'build_graph', 'replacing',
-           'export_onnx']
+__all__ = ['Precision', 'BLOCK', 'INT4', 'builder_options', 'builder', 'is_output_layer', 'build_graph', 'choose_positions',
+           'replacing', 'export_onnx']
 
 # %% ../../nbs/optimization/01_export.ipynb #a0ca68c4
 Precision = Literal["fp32", "int4"]
@@ -74,8 +74,24 @@ def build_graph(folder: Path, target: Path, precision: str) -> None:
         try:
             with patch.object(module.Model, "has_lm_head", is_output_layer):
                 module.create_model(*place, **module.parse_extra_options(*place, options))
+            choose_positions(target / "model.onnx")
         except Exception as e:  # the builder raises whatever its many parts do; the cause stays attached
             raise ModelError(f"no {precision} graph can be made of {folder}: {e}", "serve it with variant torch") from e
+
+# %% ../../nbs/optimization/01_export.ipynb #6488374d
+def choose_positions(path: Path) -> None:
+    "Let the graph in `path` compute logits only at the positions in its new input `logits_at` (int64 [k])."
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    head = next(i for i, node in enumerate(graph.node) if "logits" in node.output)
+    hidden = graph.node[head].input[0]
+    graph.node[head].input[0] = "hidden_at"
+    graph.node.insert(head, onnx.helper.make_node("Gather", [hidden, LOGITS_AT], ["hidden_at"], axis=1))
+    graph.input.append(onnx.helper.make_tensor_value_info(LOGITS_AT, onnx.TensorProto.INT64, ["positions"]))
+    graph.output[0].type.tensor_type.shape.dim[1].dim_param = "positions"
+    onnx.save(model, path)
 
 # %% ../../nbs/optimization/01_export.ipynb #73a33831
 @contextlib.contextmanager

@@ -11,17 +11,19 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
 
 from ..core.card import check_model_folder
 from ..core.config import Config
 from ..core.errors import ConfigError, ServiceError
-from ..security.access import KeyStore, load_keys
+from ..security.access import KeyStore, Limits, load_keys
+from .router import check_weights
 
 # %% auto #0
-__all__ = ['parse_models', 'parse_weights', 'is_loopback', 'ServeConfig', 'check_serve', 'free_port', 'bind']
+__all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_serve',
+           'free_port', 'bind']
 
 # %% ../../nbs/serving/00_config.ipynb #69819868
 def parse_models(args: Sequence[str]) -> dict[str, str]:
@@ -58,9 +60,44 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return host == "localhost"
 
-# %% ../../nbs/serving/00_config.ipynb #fb0a49a3
+# %% ../../nbs/serving/00_config.ipynb #4777c6b9
 @dataclass(kw_only=True)
-class ServeConfig(Config):
+class EngineSettings(Config):
+    "How models are run."
+
+    variant: str = "auto"  # of the model: the chosen one, or fp32, int4, torch
+    engine: Literal["auto", "ort", "torch", "vllm", "mock"] = "auto"  # what runs it
+    for_: Literal["latency", "throughput"] = "latency"  # the load to expect: few requests at once, or many
+    slots: Annotated[int, Interval(ge=1, le=1024)] = 8  # requests that run at once
+    max_length: Annotated[int, Ge(2)] | None = None  # tokens of prompt and reply; the model's own if not given
+    threads: Annotated[int, Ge(1)] | None = None  # of the engine
+    kv_gb: Annotated[float, Gt(0)] | None = None  # memory for keys and values; what is free if not given
+    queue: Annotated[int, Ge(0)] = 64  # requests that may wait for a slot
+    queue_tokens: Annotated[int, Ge(1)] = 65_536  # prompt tokens that may wait
+
+# %% ../../nbs/serving/00_config.ipynb #fa6d2f08
+@dataclass(kw_only=True)
+class GuardSettings(EngineSettings):
+    "Who may call, how much, and what is refused."
+
+    api_keys: str = ""  # keys, with commas between them
+    api_key_file: str = ""
+    admin_key: str = ""  # made and printed if empty
+    rpm: Annotated[int, Ge(1)] | None = None  # requests a minute of a key that has no limit of its own
+    tpm: Annotated[int, Ge(1)] | None = None  # tokens a minute of such a key
+    max_body: Annotated[int, Ge(1)] = 4 << 20  # bytes of a request
+    timeout_s: Annotated[float, Gt(0)] = 600.0  # of one request
+    drain_s: Annotated[float, Ge(0)] = 30.0  # for running requests on SIGTERM
+    breaker: Annotated[int, Ge(0)] = 5  # failures of a revision within a minute that close it; 0: never
+    breaker_s: Annotated[float, Gt(0)] = 10.0  # until one request may try again
+
+    def keys(self) -> KeyStore:
+        "The API keys."
+        return load_keys(self.api_keys, self.api_key_file, Limits(self.rpm, self.tpm))
+
+# %% ../../nbs/serving/00_config.ipynb #917844d6
+@dataclass(kw_only=True)
+class ServeConfig(GuardSettings):
     "The settings of one server."
 
     models: dict  # revision name -> model folder
@@ -68,41 +105,37 @@ class ServeConfig(Config):
     weights: dict = field(default_factory=dict)  # revision -> share of the alias; empty: all to the first
     host: str = "127.0.0.1"
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000  # 0: any free one
-    variant: str = "auto"  # of the model: the chosen one, or fp32, int4, torch
-    slots: Annotated[int, Interval(ge=1, le=1024)] = 8  # requests that run at once
-    max_length: Annotated[int, Ge(2)] | None = None  # tokens of prompt and reply; the model's own if not given
-    threads: Annotated[int, Ge(1)] | None = None  # of the engine
-    queue: Annotated[int, Ge(0)] = 64  # requests that may wait for a slot
-    queue_tokens: Annotated[int, Ge(1)] = 65_536  # prompt tokens that may wait
+    cache_mb: Annotated[float, Ge(0)] = 0.0  # memory for replies that can be given again; 0: none
+    cache_redis: str = ""  # redis://HOST:PORT/DB: share them with other servers
     log: str = ""  # the request log (SQLite); empty: none
     log_text: bool = True  # whether the log keeps (masked) text
-    api_keys: str = ""  # keys, with commas between them
-    api_key_file: str = ""
-    admin_key: str = ""  # made and printed if empty
-    max_body: Annotated[int, Ge(1)] = 4 << 20  # bytes of a request
-    timeout_s: Annotated[float, Gt(0)] = 600.0  # of one request
-    drain_s: Annotated[float, Ge(0)] = 30.0  # for running requests on SIGTERM
+    log_json: bool = False  # one line of JSON a request on standard error
     exit_with_stdin: bool = False  # end when standard input closes: with the process that started this one
 
     def validate(self) -> None:
         check_serve(self)
 
-    def keys(self) -> KeyStore:
-        "The API keys."
-        return load_keys(self.api_keys, self.api_key_file)
-
-# %% ../../nbs/serving/00_config.ipynb #4588bece
+# %% ../../nbs/serving/00_config.ipynb #618159df
 def check_serve(cfg: ServeConfig) -> None:
     "What concerns several fields, or the disk."
     if not cfg.models:
         raise ConfigError("no model to serve", "give at least one NAME=FOLDER")
-    for folder in cfg.models.values():
+    for name, folder in cfg.models.items():
+        if not isinstance(name, str) or not isinstance(folder, str | Path):
+            raise ConfigError(
+                f"models: {name!r}: {folder!r} is not a name and a folder", "for example stable: runs/model"
+            )
         check_model_folder(folder)
     if cfg.alias in cfg.models:
         raise ConfigError(f"alias {cfg.alias!r} is also the name of a model", "give --alias another name")
-    if not is_loopback(cfg.host) and not len(cfg.keys()):
+    if cfg.weights:
+        check_weights(cfg.alias, cfg.weights, cfg.models)
+    if not len(cfg.keys()) and not is_loopback(cfg.host):
         raise ConfigError(f"{cfg.host} can be reached from other machines and no API key is set", "set LLMKIT_API_KEY")
-    cfg.keys()
+    if cfg.cache_redis and not cfg.cache_mb:
+        raise ConfigError("cache_redis is set and cache_mb is not", "give --cache-mb: Redis stands behind that memory")
+    if cfg.cache_redis and cfg.cache_redis.partition("://")[0] not in ("redis", "rediss", "unix"):
+        raise ConfigError(f"cache_redis = {cfg.cache_redis!r} is no address", "for example redis://localhost:6379/0")
 
 # %% ../../nbs/serving/00_config.ipynb #462210f8
 def free_port(host: str, after: int) -> int:

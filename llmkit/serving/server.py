@@ -27,10 +27,12 @@ __all__ = ['generate', 'understood', 'tokenize', 'models', 'label', 'live', 'rea
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
-from .calls import Call, new_call, prepare, run
+from .answer import answer
+from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
-from .http import error_response, json_response, read_body, reply_headers, streamed, whole, with_client
+from .fastpath import FastPath
+from .http import error_response, json_response, read_body, reply_headers
 from .openapi import description
 from llmkit.serving.protocol import (
     ApiError,
@@ -48,8 +50,10 @@ from llmkit.serving.state import (
     authorise,
     dead,
     drop_revision,
+    enter,
     feedback,
     finish,
+    measure,
     route,
     set_route,
     unready,
@@ -60,20 +64,15 @@ from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 async def generate(request: HttpRequest) -> Response:
     "`POST /v1/completions`, `/v1/chat/completions` and `/v1/responses`."
     state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"))
+    who = authorise(state, request.headers.get("authorization"))
     call = new_call(request.url.path)
     try:
+        enter(state, call, who)
         body = await read_body(request, state.cfg.max_body)
         asked = understood(call, body)
         session = request.headers.get("x-session-id") or asked.user or ""
         await prepare(call, asked, route(state, call, asked.model, session), len(body))
-        if asked.stream:
-            usage_too = bool(asked.stream_options and asked.stream_options.include_usage)
-            done = lambda c, e: finish(state, c, e)  # noqa: E731
-            return await streamed(request, call, usage_too, state.cfg.timeout_s, done)
-        await with_client(request, run(call), state.cfg.timeout_s)
-        finish(state, call)
-        return whole(call)
+        return await answer(request, state, call, asked, body)
     except ApiError as e:
         told = in_words(e) if call.endpoint == "/v1/responses" else e
         finish(state, call, told)
@@ -139,6 +138,7 @@ async def ready(request: HttpRequest) -> Response:
 async def scrape(request: HttpRequest) -> Response:
     "`GET /metrics`."
     state: State = request.app.state.llmkit
+    measure(state)
     for revision in state.loaded.values():
         revision.metrics.step(*revision.loop.load())
     return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -278,7 +278,8 @@ def run_server(cfg: ServeConfig) -> None:
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
     how = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning", "access_log": False}
     drain = int(cfg.drain_s) + 1
-    server = Server(uvicorn.Config(app, **how, server_header=False, timeout_graceful_shutdown=drain))  # type: ignore[arg-type]
+    fast = FastPath(app, app.state.llmkit)
+    server = Server(uvicorn.Config(fast, **how, server_header=False, timeout_graceful_shutdown=drain))  # type: ignore[arg-type]
     if cfg.exit_with_stdin:
         end_with_stdin()
     server.run(sockets=[sock])

@@ -8,21 +8,43 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..core.errors import LLMKitError
 from ..monitoring.metrics import ServerMetrics
-from ..monitoring.requestlog import RequestLog
-from ..security.access import KeyStore, check_key, new_key
+from ..monitoring.requestlog import RequestLog, RequestRow
+from ..security.access import KeyStore, Limits, Principal, new_key
+from ..security.limits import LimitError, RateLimiter
+from .cache import Reply, ReplyCache
 from .calls import Call, count, row_of
 from .config import ServeConfig
 from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
 from .router import Router, UnknownModel
+from .shared import RedisCache, connect
 
 # %% auto #0
-__all__ = ['STALL_S', 'State', 'authorise', 'route', 'finish', 'dead', 'unready', 'set_route', 'add_revision', 'drop_revision',
-           'feedback']
+__all__ = ['ADMIN', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'route', 'row_again',
+           'settle', 'finish', 'dead', 'unready', 'measure', 'set_route', 'add_revision', 'drop_revision', 'feedback']
+
+# %% ../../nbs/serving/05b_state.ipynb #e47e9fc1
+@dataclass(slots=True)
+class Visit:
+    "What is remembered of a call until it ends."
+
+    who: Principal
+    reserved: int = 0  # tokens taken from the key's limit
+
+# %% ../../nbs/serving/05b_state.ipynb #0ee9d63c
+def new_cache(cfg: ServeConfig, metrics: ServerMetrics) -> ReplyCache | None:
+    "The cache that `cfg` asks for, if it does."
+    if not cfg.cache_mb:
+        return None
+    errors = metrics.own["response_cache_errors"]
+    shared = RedisCache(connect(cfg.cache_redis), errors.inc) if cfg.cache_redis else None
+    return ReplyCache(int(cfg.cache_mb * 2**20), shared)
 
 # %% ../../nbs/serving/05b_state.ipynb #613a130e
 class State:
@@ -31,9 +53,11 @@ class State:
     def __init__(self, cfg: ServeConfig, load: Callable[..., Revision] = load_revision) -> None:
         self.cfg, self.metrics, self.router = cfg, ServerMetrics(), Router()
         self.keys, self.admin_key = cfg.keys(), cfg.admin_key or new_key()
-        self.admin = KeyStore({"admin": self.admin_key})
+        self.admin, self.limiter = KeyStore({"admin": self.admin_key}), RateLimiter()
+        self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
+        self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
         self.revisions = Revisions(load, cfg, self.metrics)
-        self.log = RequestLog(cfg.log) if cfg.log else None
+        self.log, self.cache = RequestLog(cfg.log) if cfg.log else None, new_cache(cfg, self.metrics)
         self.ready, self.draining, self.failure = False, False, ""
 
     @property
@@ -53,20 +77,52 @@ class State:
         "Let what runs finish, then stop the engines and write the log to its end."
         self.draining = True
         await asyncio.gather(*[r.loop.close(self.cfg.drain_s) for r in list(self.loaded.values())])
+        if self.cache and self.cache.shared:
+            await self.cache.shared.close()
         if self.log:
             await asyncio.to_thread(self.log.close)
 
 # %% ../../nbs/serving/05b_state.ipynb #b0cfcf33
-def authorise(state: State, header: str | None, admin: bool = False) -> None:
-    "Pass, or ApiError 401 (no valid key) or 403 (a valid key, but not the administrator's)."
-    if check_key(header, state.admin):
-        return
-    known = check_key(header, state.keys)
+def authorise(state: State, header: str | None, admin: bool = False) -> Principal:
+    "Who sends this, or ApiError 401 (no valid key) or 403 (a valid key, but not the administrator's)."
+    if state.admin.who(header):
+        return ADMIN
+    who = state.keys.who(header)
     if admin:
-        say = "this needs the admin key" if known else "the admin key is missing or wrong"
-        raise ApiError(403 if known else 401, say, code="admin_key_required")
-    if len(state.keys) and not known:
+        say = "this needs the admin key" if who else "the admin key is missing or wrong"
+        raise ApiError(403 if who else 401, say, code="admin_key_required")
+    if len(state.keys) and not who:
         raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
+    return who or state.anonymous
+
+# %% ../../nbs/serving/05b_state.ipynb #937d5245
+ADMIN = Principal("admin", admin=True)
+
+# %% ../../nbs/serving/05b_state.ipynb #698b9f1d
+def charge(state: State, who: Principal, limit: str, amount: float) -> None:
+    "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
+    try:
+        state.limiter.take(who, limit, amount)
+    except LimitError as e:
+        state.metrics.own["rate_limited"].labels(who.name, limit).inc()
+        if e.retry_after is None:
+            raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
+        raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
+
+# %% ../../nbs/serving/05b_state.ipynb #105b6fc1
+def enter(state: State, call: Call, who: Principal) -> None:
+    "Let a call of `who` in; 429 if the key has sent enough for a minute."
+    state.inside[call] = Visit(who)
+    charge(state, who, "rpm", 1)
+
+# %% ../../nbs/serving/05b_state.ipynb #1cf49b06
+def reserve(state: State, call: Call) -> None:
+    "Set aside the tokens that a prepared call may use; 429 if the key has not that many left."
+    visit = state.inside.get(call)
+    if visit is not None:
+        tokens = sum(len(p.ids) for p in call.prompts) + sum(c.request.params.max_tokens for c in call.choices)
+        charge(state, visit.who, "tpm", tokens)
+        visit.reserved = tokens
 
 # %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
 def route(state: State, call: Call, model: str, session: str) -> Revision:
@@ -82,17 +138,39 @@ def route(state: State, call: Call, model: str, session: str) -> Revision:
     call.revision = state.loaded[name]
     return call.revision
 
+# %% ../../nbs/serving/05b_state.ipynb #48be957f
+def row_again(call: Call, reply: Reply) -> RequestRow:
+    "The row of a call whose reply came from the cache."
+    revision = call.revision.name if call.revision else ""
+    took = time.perf_counter() - call.began
+    counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
+    texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
+    where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
+    return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
+
+# %% ../../nbs/serving/05b_state.ipynb #35f2bb3a
+def settle(state: State, call: Call, row: RequestRow) -> None:
+    "Pay for what a call really used, from its key's limit and in the metrics."
+    visit = state.inside.pop(call, None)
+    if visit is not None and visit.reserved:
+        used = row.prompt_tokens + row.completion_tokens if call.tickets else 0
+        state.limiter.settle(visit.who, visit.reserved, used)
+    if row.source == "cache":
+        state.metrics.own["response_cache_hits"].inc()
+    else:
+        count(call, row)
+    state.metrics.http.labels(call.endpoint, str(call.status)).inc()
+
 # %% ../../nbs/serving/05b_state.ipynb #2f44a9d7
-def finish(state: State, call: Call, error: ApiError | None = None) -> None:
-    "Write the call down; a second time does nothing."
+def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply | None = None) -> None:
+    "Write the call down, with the `reply` that it was given from the cache; a second time does nothing."
     if call.closed:
         return
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    row = row_of(call, state.cfg.log_text)
-    count(call, row)
-    state.metrics.http.labels(call.endpoint, str(call.status)).inc()
+    row = row_again(call, reply) if reply else row_of(call, state.cfg.log_text)
+    settle(state, call, row)
     if state.log and call.keep:
         state.log.add(row)
 
@@ -116,6 +194,12 @@ def unready(state: State) -> str:
         return "draining" if state.draining else "loading"
     full = [r.name for r in state.loaded.values() if r.loop.load()[1] >= max(1, state.cfg.queue)]
     return dead(state) or (f"the queue of {full[0]} is full" if full else "")
+
+# %% ../../nbs/serving/05b_state.ipynb #5981ea6c
+def measure(state: State) -> None:
+    "Bring the server's gauges up to date."
+    state.metrics.own["response_cache_bytes"].set(state.cache.bytes if state.cache else 0)
+    state.metrics.own["request_log_dropped"].set(state.log.counts.dropped if state.log else 0)
 
 # %% ../../nbs/serving/05b_state.ipynb #98152207
 def set_route(state: State, alias: str, weights: Mapping[str, float]) -> dict[str, float]:
