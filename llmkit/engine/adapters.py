@@ -20,7 +20,7 @@ from ..models.factory import load_model, save_model
 
 # %% auto #0
 __all__ = ['PLAIN', 'adapter_config', 'scale_of', 'Adapter', 'read_adapter', 'match_modules', 'Stack', 'stack_pairs',
-           'AdapterBank', 'add_delta', 'merged_model']
+           'AdapterBank', 'add_delta', 'hook_layers', 'merged_model']
 
 # %% ../../nbs/engine/04c_adapters.ipynb #a5a05fbb
 PLAIN: dict[str, tuple[Any, ...]] = {  # settings that have to have one of these values
@@ -194,16 +194,20 @@ class AdapterBank:
         "Stack all matrices again and hook the layers that some adapter changes."
         for hook in self.hooks:
             hook.remove()
-        layers = {n: layer for x in self.adapters.values() for n, layer in match_modules(self.model, x).items()}
-        self.hooks = []
-        for name, layer in layers.items():
-            stack = stack_pairs([x.pairs.get(name) for x in self.adapters.values()], layer.weight)
-            self.hooks.append(layer.register_forward_hook(partial(add_delta, self, stack)))
+        self.hooks = hook_layers(self)
 
 # %% ../../nbs/engine/04c_adapters.ipynb #d5a72cca
 def add_delta(bank: AdapterBank, stack: Stack, layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> Any:
     "The forward hook of an adapted layer."
     return None if bank.which is None else out + stack.delta(args[0], bank.which)
+
+# %% ../../nbs/engine/04c_adapters.ipynb #c327d836
+def hook_layers(bank: AdapterBank) -> list[Any]:
+    "Hook every layer that some adapter of the bank changes."
+    adapters = list(bank.adapters.values())
+    layers = {name: layer for x in adapters for name, layer in match_modules(bank.model, x).items()}
+    stacks = {name: stack_pairs([x.pairs.get(name) for x in adapters], layer.weight) for name, layer in layers.items()}
+    return [layer.register_forward_hook(partial(add_delta, bank, stacks[name])) for name, layer in layers.items()]
 
 # %% ../../nbs/engine/04c_adapters.ipynb #18bdd7ce
 @torch.no_grad()

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ..core.errors import RunError
 
 # %% auto #0
-__all__ = ['RowTable', 'Span', 'RowMemory', 'RowLayer', 'RowCache', 'read_block', 'write_block']
+__all__ = ['RowTable', 'Span', 'RowStore', 'RowMemory', 'RowLayer', 'RowCache', 'read_block', 'write_block']
 
 # %% ../../nbs/engine/02b_torch_cache.ipynb #f6d42013
 class RowTable:
@@ -62,7 +62,7 @@ class Span:
         return (columns <= self.positions[..., None])[:, None]
 
 # %% ../../nbs/engine/02b_torch_cache.ipynb #83d50d22
-class RowMemory(RowTable):
+class RowStore(RowTable):
     "Keys and values of up to `slots` sequences of different lengths, in one tensor."
 
     def __init__(
@@ -87,6 +87,10 @@ class RowMemory(RowTable):
             data = self.data.new_zeros(*self.data.shape[:4], wide, self.data.shape[5])
             data[..., :have, :] = self.data
             self.data = data
+
+# %% ../../nbs/engine/02b_torch_cache.ipynb #95b74375
+class RowMemory(RowStore):
+    "Keys and values of up to `slots` sequences, the open ones packed into the first rows."
 
     def free(self, slot: int) -> None:
         "Forget `slot`; the last row moves into its place. A slot that is not open is left alone."

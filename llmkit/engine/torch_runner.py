@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..core.errors import ConfigError, MissingError, ModelError, RunError
 from .adapters import AdapterBank
 from .graphs import StepGraphs, cuda_record
+from .runners import Capabilities
 from .torch_cache import RowCache, RowMemory, Span, read_block, write_block
 
 # %% auto #0
-__all__ = ['torch_threads', 'Capabilities', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters',
-           'load_causal', 'TorchSlots', 'TorchPrompts', 'TorchRunner']
+__all__ = ['torch_threads', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters', 'load_causal', 'TorchSlots',
+           'TorchPrompts', 'TorchRunner']
 
 # %% ../../nbs/engine/04b_torch_runner.ipynb #5cb97244
 @contextmanager
@@ -37,20 +37,6 @@ def torch_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-# %% ../../nbs/engine/04b_torch_runner.ipynb #267bdb0a
-@dataclass(slots=True, frozen=True)
-class Capabilities:
-    "What a runner is and what it can do."
-
-    runner: str
-    device: str  # 'cpu' or the GPU's name
-    variant: str
-    prompt_logprobs: bool
-    prefix_cache: bool  # reads and writes keys and values
-    adapters: bool  # loads LoRA adapters
-    grammar: bool
-    logit_bias: bool  # hands over raw logits at all
 
 # %% ../../nbs/engine/04b_torch_runner.ipynb #d0960ea9
 def pick_device(device: str) -> tuple[str, torch.dtype]:
@@ -271,4 +257,4 @@ class TorchRunner(TorchPrompts):
         "What this runner can do."
         gpu = self.model.device.type == "cuda"
         device = torch.cuda.get_device_name(self.model.device) if gpu else "cpu"
-        return Capabilities("torch", device, "torch", True, True, True, True, True)
+        return Capabilities("torch", "torch", device, adapters=True)

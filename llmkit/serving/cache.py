@@ -153,7 +153,7 @@ class ReplyCache:
         self.flights, self.shared = Flights(), shared
 
     @property
-    def bytes(self) -> int:
+    def used(self) -> int:
         "Bytes in use."
         return self.replies.bytes + self.known.bytes
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
@@ -23,7 +24,7 @@ from .router import check_weights
 
 # %% auto #0
 __all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_serve',
-           'free_port', 'bind']
+           'no_twins', 'read_yaml', 'read_settings', 'serve_config', 'free_port', 'bind']
 
 # %% ../../nbs/serving/00_config.ipynb #69819868
 def parse_models(args: Sequence[str]) -> dict[str, str]:
@@ -60,7 +61,7 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return host == "localhost"
 
-# %% ../../nbs/serving/00_config.ipynb #4777c6b9
+# %% ../../nbs/serving/00_config.ipynb #e7d2910e
 @dataclass(kw_only=True)
 class EngineSettings(Config):
     "How models are run."
@@ -74,8 +75,9 @@ class EngineSettings(Config):
     kv_gb: Annotated[float, Gt(0)] | None = None  # memory for keys and values; what is free if not given
     queue: Annotated[int, Ge(0)] = 64  # requests that may wait for a slot
     queue_tokens: Annotated[int, Ge(1)] = 65_536  # prompt tokens that may wait
+    in_process: bool = False  # the engine in a thread of this process: for notebooks and tests
 
-# %% ../../nbs/serving/00_config.ipynb #fa6d2f08
+# %% ../../nbs/serving/00_config.ipynb #54cc3115
 @dataclass(kw_only=True)
 class GuardSettings(EngineSettings):
     "Who may call, how much, and what is refused."
@@ -89,13 +91,13 @@ class GuardSettings(EngineSettings):
     timeout_s: Annotated[float, Gt(0)] = 600.0  # of one request
     drain_s: Annotated[float, Ge(0)] = 30.0  # for running requests on SIGTERM
     breaker: Annotated[int, Ge(0)] = 5  # failures of a revision within a minute that close it; 0: never
-    breaker_s: Annotated[float, Gt(0)] = 10.0  # until one request may try again
+    breaker_pause_s: Annotated[float, Gt(0)] = 10.0  # until one request may try again
 
     def keys(self) -> KeyStore:
         "The API keys."
         return load_keys(self.api_keys, self.api_key_file, Limits(self.rpm, self.tpm))
 
-# %% ../../nbs/serving/00_config.ipynb #917844d6
+# %% ../../nbs/serving/00_config.ipynb #e5633b64
 @dataclass(kw_only=True)
 class ServeConfig(GuardSettings):
     "The settings of one server."
@@ -115,7 +117,7 @@ class ServeConfig(GuardSettings):
     def validate(self) -> None:
         check_serve(self)
 
-# %% ../../nbs/serving/00_config.ipynb #618159df
+# %% ../../nbs/serving/00_config.ipynb #de0352e0
 def check_serve(cfg: ServeConfig) -> None:
     "What concerns several fields, or the disk."
     if not cfg.models:
@@ -136,6 +138,59 @@ def check_serve(cfg: ServeConfig) -> None:
         raise ConfigError("cache_redis is set and cache_mb is not", "give --cache-mb: Redis stands behind that memory")
     if cfg.cache_redis and cfg.cache_redis.partition("://")[0] not in ("redis", "rediss", "unix"):
         raise ConfigError(f"cache_redis = {cfg.cache_redis!r} is no address", "for example redis://localhost:6379/0")
+
+# %% ../../nbs/serving/00_config.ipynb #4e1fb603
+def no_twins(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    "The pairs as a dict; `ConfigError` if a name is there twice."
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"{name!r} is there twice", "keep one of them")
+        found[name] = value
+    return found
+
+# %% ../../nbs/serving/00_config.ipynb #69403dc8
+def read_yaml(text: str) -> Any:
+    "YAML, with names given twice refused."
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            return no_twins([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
+
+    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, TypeError) as e:
+        raise ConfigError(f"not valid YAML: {' '.join(str(e).split())}") from e
+
+# %% ../../nbs/serving/00_config.ipynb #18e533f6
+def read_settings(path: str | Path) -> dict[str, Any]:
+    "The settings in a YAML or JSON file; `ConfigError` names the file and what is wrong with it."
+    try:
+        text = Path(path).read_text("utf-8")
+        is_json = Path(path).suffix == ".json"
+        found = json.loads(text, object_pairs_hook=no_twins) if is_json else read_yaml(text)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read the settings in {path}: {e}", "give a YAML or JSON file") from e
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e.message}", e.hint) from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings", "one `name: value` a line, for example port: 8000")
+    return {"for_" if name == "for" else name: value for name, value in found.items()}
+
+# %% ../../nbs/serving/00_config.ipynb #75ee78b1
+def serve_config(path: str | Path, given: Mapping[str, Any]) -> ServeConfig:
+    "The config from the file at `path` (empty: none) and from what was `given` besides, which wins."
+    found = read_settings(path) if path else {}
+    try:
+        if isinstance(found.get("models"), list):
+            found["models"] = parse_models([str(m) for m in found["models"]])
+        return ServeConfig.from_dict({"models": {}} | found | dict(given))
+    except ConfigError as e:
+        if not path:
+            raise
+        raise ConfigError(f"{e.message} (settings from {path})", e.hint) from e
 
 # %% ../../nbs/serving/00_config.ipynb #462210f8
 def free_port(host: str, after: int) -> int:

@@ -17,8 +17,9 @@ from ..core.errors import LLMKitError
 
 # %% auto #0
 __all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
-           'StructuredOutputs', 'Shared', 'CompletionRequest', 'FeedbackRequest', 'RouteRequest', 'RevisionRequest',
-           'fields_at', 'explain', 'decode', 'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
+           'StructuredOutputs', 'Shared', 'CompletionRequest', 'FeedbackRequest', 'ShadowRequest', 'RouteRequest',
+           'RevisionRequest', 'fields_at', 'explain', 'decode', 'check_shared', 'check_form', 'stop_strings',
+           'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -139,11 +140,19 @@ class FeedbackRequest(Struct, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     value: float
 
+# %% ../../nbs/serving/01_protocol.ipynb #061bedaf
+class ShadowRequest(Struct, forbid_unknown_fields=True):
+    "Which revision gets copies of which share of an alias' requests."
+
+    revision: str
+    share: float = 1.0
+
 # %% ../../nbs/serving/01_protocol.ipynb #af135d6f
 class RouteRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/routes/{alias}`."
 
     weights: dict[str, float]
+    shadow: ShadowRequest | msgspec.UnsetType | None = msgspec.UNSET  # not given: as it was; null: no longer
 
 # %% ../../nbs/serving/01_protocol.ipynb #ea0f7d20
 class RevisionRequest(Struct, forbid_unknown_fields=True):

@@ -43,6 +43,7 @@ class RemoteEngine:
         self.process: EngineProcess | None = None
         self._patience = Patience()
         self._repair: asyncio.Future | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> Self:
         "Start the process and wait until its model is loaded; `LLMKitError` with the reason if it cannot be."
@@ -58,6 +59,11 @@ class RemoteEngine:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self.process.reports.fd, self.hear)
         return self
+
+    def ignore(self) -> None:
+        "Hear them no longer."
+        if self._loop is not None and self.process is not None:
+            self._loop.remove_reader(self.process.reports.fd)
 
     def hear(self) -> None:
         "Take what has arrived, or note that it is gone."
@@ -85,9 +91,9 @@ class SelfRepairing(RemoteEngine):
 
     def bury(self) -> None:
         "Let go of a process that is gone and begin to replace it."
+        self.ignore()
         process, self.process = self.process, None
         assert process is not None
-        self._loop.remove_reader(process.reports.fd)
         process.close(1.0)
         self.failure = self.failure or f"its process ended with exit code {process.exit_code()}"
         logging.getLogger(__name__).error("%s failed: %s", self.name, self.failure)
@@ -115,7 +121,7 @@ class SelfRepairing(RemoteEngine):
         if self._repair is not None:
             self._repair.cancel()
         if self.process is not None:
-            self._loop.remove_reader(self.process.reports.fd)
+            self.ignore()
             self.process.close(seconds)
             self.process = None
 
@@ -135,6 +141,8 @@ class RemoteLoop(SelfRepairing):
             raise ApiError(503, why, code="unavailable", retry_after=1)
         waits = sum(len(t.request.prompt) for t in self.tickets.values() if not t.started)
         self.bounds.admit(len(self.tickets), waits, requests)
+        if self._loop is None:
+            self.listen()
         tickets = [Ticket(r, mailbox, time.perf_counter()) for r in requests]
         self.tickets.update((t.request.id, t) for t in tickets)
         self.order().add.extend(requests)
@@ -148,7 +156,7 @@ class RemoteLoop(SelfRepairing):
     def order(self) -> Orders:
         "The orders that go out at the end of this turn of the event loop."
         if not self.orders.add and not self.orders.abort:
-            self._loop.call_soon(self.flush)
+            asyncio.get_running_loop().call_soon(self.flush)
         return self.orders
 
     def flush(self) -> None:

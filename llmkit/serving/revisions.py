@@ -15,13 +15,15 @@ from typing import Any
 from ..core.card import ModelCard, check_model_folder
 from ..core.config import nearest
 from ..core.errors import ConfigError
+from ..engine.spec import EngineSpec, load_engine
 from ..monitoring.metrics import ModelMetrics, ServerMetrics
 from .admission import Bounds, EngineLoop
 from .config import ServeConfig
+from .remote import Remote
 from .text import Text
 
 # %% auto #0
-__all__ = ['Revision', 'load_revision', 'Revisions']
+__all__ = ['Revision', 'engine_spec', 'open_engine', 'load_revision', 'Revisions']
 
 # %% ../../nbs/serving/03a_revisions.ipynb #dd59759e
 @dataclass(eq=False)
@@ -33,7 +35,7 @@ class Revision:
     variant: str
     weights: str  # hash of the weights, from the model's card
     text: Text
-    loop: EngineLoop
+    loop: EngineLoop | Remote
     max_length: int
     metrics: ModelMetrics
     created: int = field(default_factory=lambda: int(time.time()))
@@ -46,19 +48,29 @@ class Revision:
         found = {k: getattr(self, k) for k in keys} | {"model": str(self.folder), "load_s": round(self.load_s, 3)}
         return found | {"running": running, "waiting": waiting, "kv_used": kv_used, "failure": self.loop.failure}
 
+# %% ../../nbs/serving/03a_revisions.ipynb #5ba7cb41
+def engine_spec(folder: str | Path, variant: str, cfg: ServeConfig) -> EngineSpec:
+    "The spec of the engine that serves `folder` under the settings `cfg`."
+    names = ("engine", "slots", "max_length", "threads", "kv_gb")
+    return EngineSpec(folder=str(folder), variant=variant, load=cfg.for_, **{n: getattr(cfg, n) for n in names})
+
+# %% ../../nbs/serving/03a_revisions.ipynb #5d324b22
+def open_engine(name: str, spec: EngineSpec, cfg: ServeConfig) -> tuple[EngineLoop | Remote, str, int]:
+    "`(loop, variant, max_length)` of a running engine."
+    bounds = Bounds(cfg.slots, cfg.queue, cfg.queue_tokens)
+    if not cfg.in_process:
+        remote = Remote(spec.to_dict(), bounds, f"engine-{name}").start()
+        return remote, remote.able.variant or remote.able.runner, remote.max_length
+    engine = load_engine(spec)
+    return EngineLoop(engine, bounds, f"engine-{name}"), engine.able.variant or engine.able.runner, engine.max_length
+
 # %% ../../nbs/serving/03a_revisions.ipynb #7607ff84
 def load_revision(name: str, folder: str | Path, variant: str, cfg: ServeConfig, metrics: ServerMetrics) -> Revision:
     "Load a model folder into an engine of its own; `ModelError` if the folder is incomplete or unsafe."
-    from llmkit.engine.engine import Engine
-    from llmkit.engine.runners import eos_ids, load_runner, pick_variant
-
     began, folder = time.perf_counter(), check_model_folder(folder)
-    card, text = ModelCard.load(folder), Text.load(folder)
-    runner = load_runner(folder, variant, slots=cfg.slots, max_length=cfg.max_length, threads=cfg.threads)
-    loop = EngineLoop(Engine(runner, eos_ids(folder)), Bounds(cfg.slots, cfg.queue, cfg.queue_tokens), f"engine-{name}")
-    used = pick_variant(folder) if variant == "auto" else variant
-    made = (name, folder, used, card.revision, text, loop, runner.max_length, metrics.bind(name))
-    return Revision(*made, load_s=time.perf_counter() - began)
+    loop, used, max_length = open_engine(name, engine_spec(folder, variant, cfg), cfg)
+    made = (name, folder, used, ModelCard.load(folder).revision, Text.load(folder), loop, max_length)
+    return Revision(*made, metrics.bind(name), load_s=time.perf_counter() - began)
 
 # %% ../../nbs/serving/03a_revisions.ipynb #611f7faa
 class Revisions:
@@ -79,6 +91,8 @@ class Revisions:
         finally:
             self.coming.discard(name)
         self.loaded[name] = revision
+        if isinstance(revision.loop, Remote):
+            revision.loop.listen()
         return revision
 
     async def unload(self, name: str, seconds: float) -> None:

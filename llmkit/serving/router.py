@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from hashlib import blake2b
 
 from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError
 
 # %% auto #0
-__all__ = ['uniform', 'pick', 'check_weights', 'UnknownModel', 'Router']
+__all__ = ['uniform', 'pick', 'check_weights', 'Shadow', 'UnknownModel', 'Router']
 
 # %% ../../nbs/serving/05_router.ipynb #3d8b140a
 def uniform(*parts: str) -> float:
@@ -49,6 +50,26 @@ def check_weights(
         raise ConfigError(f"route {alias!r}: weights sum to {total + 1:g}", "they must sum to 1")
     return {r: float(w) for r, w in weights.items()}
 
+# %% ../../nbs/serving/05_router.ipynb #c16ddb92
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    "A revision that gets copies of a share of an alias' requests."
+
+    revision: str
+    share: float = 1.0
+
+    def check(self, alias: str, known: Collection[str]) -> None:
+        "`ConfigError` for a revision that is not loaded or a share that is none."
+        if self.revision not in known:
+            hint = nearest(self.revision, known)
+            raise ConfigError(f"shadow of {alias!r}: revision {self.revision!r} is not loaded", hint)
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"shadow of {alias!r}: share {self.share!r}", "it is a number above 0, up to 1")
+
+    def gets(self, alias: str, session: str) -> bool:
+        "Whether a request is copied: always the same for one session, a draw without one."
+        return (uniform(session, alias, "shadow") if session else random.random()) < self.share
+
 # %% ../../nbs/serving/05_router.ipynb #b84b642c
 class UnknownModel(LLMKitError):
     "A request names a model that is neither an alias nor a loaded revision."
@@ -59,6 +80,7 @@ class Router:
 
     def __init__(self) -> None:
         self.routes: dict[str, dict[str, float]] = {}
+        self.shadows: dict[str, Shadow] = {}
 
     def set(self, alias: str, weights: Mapping[str, float], known: Collection[str]) -> dict[str, float]:
         "Point `alias` at `weights` from the next request on; `known` are the loaded revisions."
@@ -76,11 +98,19 @@ class Router:
             return "", model
         raise UnknownModel(f"model {model!r} does not exist", nearest(model, [*self.routes, *known]))
 
+    def cast(self, alias: str, shadow: Shadow | None, known: Collection[str]) -> None:
+        "Copy a share of `alias` to a shadow from the next request on; None ends that."
+        if shadow is not None:
+            shadow.check(alias, known)
+        self.shadows = {a: s for a, s in self.shadows.items() if a != alias} | ({alias: shadow} if shadow else {})
+
     def using(self, revision: str) -> list[str]:
-        "Aliases that send a share of their traffic to `revision`."
-        return [a for a, weights in self.routes.items() if weights.get(revision, 0) > 0]
+        "Aliases that send a share of their traffic, or copies of it, to `revision`."
+        shadowed = [a for a, s in self.shadows.items() if s.revision == revision]
+        return [a for a, w in self.routes.items() if w.get(revision, 0) > 0 or a in shadowed]
 
     def forget(self, revision: str) -> None:
         "Take a revision without traffic out of every route, and a route with nothing left."
         left = {a: {r: w for r, w in weights.items() if r != revision} for a, weights in self.routes.items()}
         self.routes = {a: weights for a, weights in left.items() if weights}
+        self.shadows = {a: s for a, s in self.shadows.items() if a in self.routes}

@@ -155,8 +155,8 @@ async def routes(request: HttpRequest) -> Response:
     authorise(state, request.headers.get("authorization"), admin=True)
     if request.method == "PUT":
         asked = decode(RouteRequest, await read_body(request, state.cfg.max_body))
-        set_route(state, request.path_params["alias"], asked.weights)
-    return json_response({"routes": state.router.routes})
+        set_route(state, request.path_params["alias"], asked.weights, asked.shadow)
+    return json_response({"routes": state.router.routes, "shadows": state.router.shadows})
 
 # %% ../../nbs/serving/06_server.ipynb #b07dfe0e
 async def revisions(request: HttpRequest) -> Response:
@@ -276,10 +276,9 @@ def run_server(cfg: ServeConfig) -> None:
         server.should_exit = True
 
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
-    how = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning", "access_log": False}
-    drain = int(cfg.drain_s) + 1
-    fast = FastPath(app, app.state.llmkit)
-    server = Server(uvicorn.Config(fast, **how, server_header=False, timeout_graceful_shutdown=drain))  # type: ignore[arg-type]
+    how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
+    how |= {"access_log": False, "server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
+    server = Server(uvicorn.Config(FastPath(app, app.state.llmkit), **how))
     if cfg.exit_with_stdin:
         end_with_stdin()
     server.run(sockets=[sock])

@@ -6,38 +6,44 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from msgspec import UNSET, UnsetType
+
 from ..core.errors import LLMKitError
 from ..monitoring.metrics import ServerMetrics
 from ..monitoring.requestlog import RequestLog, RequestRow
 from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
+from .breaker import Breaker
 from .cache import Reply, ReplyCache
 from .calls import Call, count, row_of
 from .config import ServeConfig
-from .protocol import ApiError
+from .protocol import ApiError, ShadowRequest
 from .revisions import Revision, Revisions, load_revision
-from .router import Router, UnknownModel
+from .router import Router, Shadow, UnknownModel
 from .shared import RedisCache, connect
 
 # %% auto #0
-__all__ = ['ADMIN', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'route', 'row_again',
-           'settle', 'finish', 'dead', 'unready', 'measure', 'set_route', 'add_revision', 'drop_revision', 'feedback']
+__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'route',
+           'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'dead', 'unready', 'measure',
+           'set_route', 'add_revision', 'drop_revision', 'feedback']
 
-# %% ../../nbs/serving/05b_state.ipynb #e47e9fc1
+# %% ../../nbs/serving/05b_state.ipynb #1d39588e
 @dataclass(slots=True)
 class Visit:
     "What is remembered of a call until it ends."
 
     who: Principal
     reserved: int = 0  # tokens taken from the key's limit
+    source: str = ""  # 'shadow' for a copy that nobody waits for
 
-# %% ../../nbs/serving/05b_state.ipynb #0ee9d63c
+# %% ../../nbs/serving/05b_state.ipynb #99b98a7f
 def new_cache(cfg: ServeConfig, metrics: ServerMetrics) -> ReplyCache | None:
     "The cache that `cfg` asks for, if it does."
     if not cfg.cache_mb:
@@ -56,6 +62,8 @@ class State:
         self.admin, self.limiter = KeyStore({"admin": self.admin_key}), RateLimiter()
         self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
         self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
+        self.breakers: WeakKeyDictionary[Revision, Breaker] = WeakKeyDictionary()
+        self.copies: set[asyncio.Task[None]] = set()  # shadow traffic under way
         self.revisions = Revisions(load, cfg, self.metrics)
         self.log, self.cache = RequestLog(cfg.log) if cfg.log else None, new_cache(cfg, self.metrics)
         self.ready, self.draining, self.failure = False, False, ""
@@ -76,6 +84,9 @@ class State:
     async def close(self) -> None:
         "Let what runs finish, then stop the engines and write the log to its end."
         self.draining = True
+        for copy in self.copies:
+            copy.cancel()
+        await asyncio.gather(*self.copies, return_exceptions=True)
         await asyncio.gather(*[r.loop.close(self.cfg.drain_s) for r in list(self.loaded.values())])
         if self.cache and self.cache.shared:
             await self.cache.shared.close()
@@ -95,10 +106,10 @@ def authorise(state: State, header: str | None, admin: bool = False) -> Principa
         raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
     return who or state.anonymous
 
-# %% ../../nbs/serving/05b_state.ipynb #937d5245
+# %% ../../nbs/serving/05b_state.ipynb #acc8b015
 ADMIN = Principal("admin", admin=True)
 
-# %% ../../nbs/serving/05b_state.ipynb #698b9f1d
+# %% ../../nbs/serving/05b_state.ipynb #19d250a2
 def charge(state: State, who: Principal, limit: str, amount: float) -> None:
     "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
     try:
@@ -109,13 +120,13 @@ def charge(state: State, who: Principal, limit: str, amount: float) -> None:
             raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
         raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
 
-# %% ../../nbs/serving/05b_state.ipynb #105b6fc1
+# %% ../../nbs/serving/05b_state.ipynb #a9190eb5
 def enter(state: State, call: Call, who: Principal) -> None:
     "Let a call of `who` in; 429 if the key has sent enough for a minute."
     state.inside[call] = Visit(who)
     charge(state, who, "rpm", 1)
 
-# %% ../../nbs/serving/05b_state.ipynb #1cf49b06
+# %% ../../nbs/serving/05b_state.ipynb #35896fc1
 def reserve(state: State, call: Call) -> None:
     "Set aside the tokens that a prepared call may use; 429 if the key has not that many left."
     visit = state.inside.get(call)
@@ -136,9 +147,37 @@ def route(state: State, call: Call, model: str, session: str) -> Revision:
     except UnknownModel as e:
         raise ApiError(404, str(e), "model", "model_not_found") from e
     call.revision = state.loaded[name]
+    check_breaker(state, call.revision)
     return call.revision
 
-# %% ../../nbs/serving/05b_state.ipynb #48be957f
+# %% ../../nbs/serving/05b_state.ipynb #1d1b2020
+def breaker_of(state: State, revision: Revision) -> Breaker:
+    "The breaker in front of a revision; one that is loaded anew begins with a new one."
+    if revision not in state.breakers:
+        state.breakers[revision] = Breaker(state.cfg.breaker, state.cfg.breaker_pause_s)
+    return state.breakers[revision]
+
+# %% ../../nbs/serving/05b_state.ipynb #c861c14d
+def check_breaker(state: State, revision: Revision) -> None:
+    "Pass, or 503 with the seconds until the next request may try."
+    if wait := breaker_of(state, revision).wait():
+        state.metrics.own["breaker_rejections"].labels(revision.name).inc()
+        say = f"revision {revision.name!r} keeps failing and is left alone for a while"
+        raise ApiError(503, say, code="breaker_open", retry_after=math.ceil(wait))
+
+# %% ../../nbs/serving/05b_state.ipynb #17ed123c
+ENGINE_FAILED = ("engine_failed", "internal_error")
+
+# %% ../../nbs/serving/05b_state.ipynb #0067873a
+def heed(state: State, revision: Revision, error: ApiError | None) -> None:
+    "Tell the breaker how a call ended."
+    breaker = breaker_of(state, revision)
+    if error is None:
+        breaker.succeeded()
+    elif error.code in ENGINE_FAILED or (error.code == "unavailable" and revision.loop.failure):
+        breaker.failed()
+
+# %% ../../nbs/serving/05b_state.ipynb #cd33056f
 def row_again(call: Call, reply: Reply) -> RequestRow:
     "The row of a call whose reply came from the cache."
     revision = call.revision.name if call.revision else ""
@@ -148,10 +187,9 @@ def row_again(call: Call, reply: Reply) -> RequestRow:
     where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
     return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
 
-# %% ../../nbs/serving/05b_state.ipynb #35f2bb3a
-def settle(state: State, call: Call, row: RequestRow) -> None:
+# %% ../../nbs/serving/05b_state.ipynb #5ca310c3
+def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> None:
     "Pay for what a call really used, from its key's limit and in the metrics."
-    visit = state.inside.pop(call, None)
     if visit is not None and visit.reserved:
         used = row.prompt_tokens + row.completion_tokens if call.tickets else 0
         state.limiter.settle(visit.who, visit.reserved, used)
@@ -159,7 +197,10 @@ def settle(state: State, call: Call, row: RequestRow) -> None:
         state.metrics.own["response_cache_hits"].inc()
     else:
         count(call, row)
-    state.metrics.http.labels(call.endpoint, str(call.status)).inc()
+    if row.source == "shadow":
+        state.metrics.own["shadow_requests"].labels(row.revision, "ok" if row.status == 200 else "failed").inc()
+    else:
+        state.metrics.http.labels(call.endpoint, str(call.status)).inc()
 
 # %% ../../nbs/serving/05b_state.ipynb #2f44a9d7
 def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply | None = None) -> None:
@@ -169,8 +210,12 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    row = row_again(call, reply) if reply else row_of(call, state.cfg.log_text)
-    settle(state, call, row)
+    row, visit = row_again(call, reply) if reply else row_of(call, state.cfg.log_text), state.inside.pop(call, None)
+    if visit is not None and visit.source:
+        row.source = visit.source
+    if call.revision is not None and reply is None:
+        heed(state, call.revision, error)
+    settle(state, call, row, visit)
     if state.log and call.keep:
         state.log.add(row)
 
@@ -195,19 +240,32 @@ def unready(state: State) -> str:
     full = [r.name for r in state.loaded.values() if r.loop.load()[1] >= max(1, state.cfg.queue)]
     return dead(state) or (f"the queue of {full[0]} is full" if full else "")
 
-# %% ../../nbs/serving/05b_state.ipynb #5981ea6c
+# %% ../../nbs/serving/05b_state.ipynb #09b3b66c
 def measure(state: State) -> None:
     "Bring the server's gauges up to date."
-    state.metrics.own["response_cache_bytes"].set(state.cache.bytes if state.cache else 0)
+    state.metrics.own["response_cache_bytes"].set(state.cache.used if state.cache else 0)
+    for revision, breaker in state.breakers.items():
+        state.metrics.own["breaker_open"].labels(revision.name).set(breaker.closed_until is not None)
     state.metrics.own["request_log_dropped"].set(state.log.counts.dropped if state.log else 0)
 
 # %% ../../nbs/serving/05b_state.ipynb #98152207
-def set_route(state: State, alias: str, weights: Mapping[str, float]) -> dict[str, float]:
-    "Change a route; 400 says what is wrong with it."
+def set_route(
+    state: State,
+    alias: str,
+    weights: Mapping[str, float],
+    shadow: ShadowRequest | UnsetType | None = UNSET,  # not given: as it was; None: no longer
+) -> dict[str, float]:
+    "Change a route; 400 says what is wrong with it, and then nothing has changed."
     try:
-        return state.router.set(alias, weights, state.loaded)
+        wanted = Shadow(shadow.revision, shadow.share) if isinstance(shadow, ShadowRequest) else None
+        if wanted:
+            wanted.check(alias, state.loaded)
+        found = state.router.set(alias, weights, state.loaded)
+        if not isinstance(shadow, UnsetType):
+            state.router.cast(alias, wanted, state.loaded)
+        return found
     except LLMKitError as e:
-        raise ApiError(400, str(e), "weights", "invalid_route") from e
+        raise ApiError(400, str(e), "shadow" if "shadow" in e.message else "weights", "invalid_route") from e
 
 # %% ../../nbs/serving/05b_state.ipynb #8ad37065
 async def add_revision(state: State, name: str, folder: str, variant: str) -> dict[str, Any]:
@@ -225,7 +283,9 @@ async def drop_revision(state: State, name: str) -> None:
     if name not in state.loaded:
         raise ApiError(404, f"revision {name!r} is not loaded", "name", "revision_not_found")
     if used := state.router.using(name):
-        raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; set its weight to 0 first", "name", "in_use")
+        shadow = state.router.shadows.get(used[0])
+        what = "set its weight to 0 first" if not shadow or shadow.revision != name else "end its shadow first"
+        raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; {what}", "name", "in_use")
     state.router.forget(name)
     await state.revisions.unload(name, state.cfg.drain_s)
 
