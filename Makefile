@@ -72,10 +72,11 @@ demo: $(INSTALLED) ## Open a chat over the model of the last quickstart (RUN=FOL
 	@test -d $(RUN)/02_train_model/model || { echo "error: no model in $(RUN); run make quickstart first" >&2; exit 2; }
 	@$(BIN)/llmkit demo quickstart=$(RUN)/02_train_model/model $(ARGS)
 
-bench: $(INSTALLED) ## Run the benchmark notebooks, each into runs/bench/
-	@shopt -s nullglob; books=(nbs/benchmarks/*.ipynb); \
-	test $${#books[@]} -gt 0 || echo "nbs/benchmarks holds no notebook yet"; \
-	for book in "$${books[@]}"; do $(BIN)/llmkit run $$book --out runs/bench/$$(basename $$book .ipynb) || exit; done
+# The numbered notebooks there hold what the others are made of. ARGS="" runs the tiny preset, without peers.
+bench: ARGS = -p size S -p rounds 3 -p peers llama.cpp,transformers,litserve,vllm,openvino
+bench: $(INSTALLED) ## Run the benchmarks beside their peers, each into a new folder in runs/bench/ (ARGS="-p NAME VALUE...")
+	@for book in nbs/benchmarks/[!0-9]*.ipynb; do \
+	$(BIN)/llmkit run $$book --out runs/bench/$$(basename $$book .ipynb)-$$(date +%Y%m%d-%H%M%S) $(ARGS) || exit; done
 
 soak: $(INSTALLED) ## Run the tests that take over a minute
 	@$(BIN)/python -m pytest -m soak --timeout 3600

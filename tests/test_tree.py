@@ -62,7 +62,8 @@ def test_one_notebook_one_module() -> None:
     wrong, made = [], {}
     for path in notebooks():
         target, floor = default_exp(path), path.parent.name
-        if path.parent == NBS or floor in ("jobs", "benchmarks"):
+        job = floor == "jobs" or (floor == "benchmarks" and not re.match(r"\d", path.stem))
+        if path.parent == NBS or job:
             wrong += [f"{name(path)} must export nothing"] * bool(target)
             continue
         noun = re.sub(r"^\d+[a-z]?_", "", path.stem)
@@ -220,8 +221,22 @@ def test_job_defaults_are_the_tiny_preset(path: Path) -> None:
     assert quickstart is not None, f"{cls.__name__} has no quickstart preset"
 
 
+BENCHES = sorted((NBS / "benchmarks").glob("[!0-9]*.ipynb"))  # the numbered ones hold what these are made of
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda p: p.stem)
+def test_benchmark_defaults_are_the_tiny_preset(path: Path) -> None:
+    """A benchmark that is run as it is takes seconds, asks no peer, and its full preset is one too."""
+    from llmkit.runner.inspect import config_class, parameters
+
+    cls = config_class(path)
+    assert cls is not None, f"{name(path)}: its parameters do not begin with '# config: module:Class'"
+    assert {n: p.default for n, p in parameters(path).items()} == cls.tiny().to_dict()
+    assert set(cls.full().to_dict()) == set(cls.tiny().to_dict())  # type: ignore[attr-defined]
+
+
 def test_jobs_keep_no_outputs() -> None:
-    kept = [name(path) for path in JOBS for cell in cells(path) if cell["outputs"]]
+    kept = [name(path) for path in [*JOBS, *BENCHES] for cell in cells(path) if cell["outputs"]]
     assert not kept
 
 

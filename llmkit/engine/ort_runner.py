@@ -81,9 +81,9 @@ class OrtMemory:
 
     def __init__(self, folder: str | Path, slots: int, max_length: int) -> None:
         model = read_json(Path(folder) / "genai_config.json")["model"]
-        shape = [model["decoder"][n] for n in ("num_hidden_layers", "num_key_value_heads", "head_size")]
+        layers, heads, width = (model["decoder"][n] for n in ("num_hidden_layers", "num_key_value_heads", "head_size"))
         self.vocab_size, self.slots, self.max_length = int(model["vocab_size"]), slots, max_length
-        self.cache = KVCache(*shape, slots, max_length)
+        self.cache = KVCache(layers, heads, width, slots, max_length)
         self._values = lru_cache(maxsize=None)(partial(wrap_rows, self.cache.data))
 
     def free(self, slot: int) -> None:
