@@ -52,6 +52,7 @@ from llmkit.serving.state import (
     drop_revision,
     enter,
     feedback,
+    find,
     finish,
     measure,
     route,
@@ -94,9 +95,9 @@ async def tokenize(request: HttpRequest) -> Response:
     body, call = await read_body(request, state.cfg.max_body), new_call(request.url.path)
     if call.endpoint == "/detokenize":
         back = decode(DetokenizeRequest, body)
-        return json_response(detokenized(back, route(state, call, back.model, "").text))
+        return json_response(detokenized(back, find(state, call, back.model, "").text))
     asked = decode(TokenizeRequest, body)
-    revision = route(state, call, asked.model, "")
+    revision = find(state, call, asked.model, "")
     found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
     return json_response(found, headers=reply_headers(call))
 
