@@ -198,7 +198,7 @@ def test_what_is_not_understood_is_named(client):
     for kw, say in (({"max_tokens": -1}, "max_tokens"), ({"best_of": 3}, "not supported")):
         with pytest.raises(openai.BadRequestError, match=say):
             complete(client, **kw)
-    with pytest.raises(openai.BadRequestError, match="field 'tools.*' is missing"):
+    with pytest.raises(openai.BadRequestError, match=r"field 'tools.*' is missing"):
         said = {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}
         client.chat.completions.create(model="a", **said)
 
