@@ -9,7 +9,7 @@ from openai import OpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseIncompleteEvent
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from llmkit.core.tiny import TEXTS, tiny_model
 from llmkit.serving.process import ServerProcess
@@ -20,7 +20,12 @@ ADD = {
     "function": {
         "name": "add",
         "description": "add two numbers",
-        "parameters": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
     },
 }
 FLAT = {"type": "function", **ADD["function"], "strict": True}
@@ -141,7 +146,11 @@ def test_tools_are_told_and_calls_come_back_in_the_history(client):
     told = chat(client, tools=[ADD])
     assert told.usage.prompt_tokens > chat(client, tools=[ADD], tool_choice="none").usage.prompt_tokens + 50
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": true}'}}
-    turns = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call_1", "content": "4"}]
+    turns = [
+        *HI,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "4"},
+    ]
     assert chat(client, messages=turns, tools=[ADD], parallel_tool_calls=False).choices[0].message.role == "assistant"
     with pytest.raises(openai.BadRequestError, match="'sub' is not among the tools"):
         chat(client, tools=[ADD], tool_choice={"type": "function", "function": {"name": "sub"}})
@@ -153,7 +162,6 @@ FORCED = ["required", {"type": "function", "function": {"name": "add"}}]
 @pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_forced_calls(client, choice, stream):
-    pytest.importorskip("llmkit.engine.grammar")
     kw = {"tools": [ADD], "tool_choice": choice, "max_tokens": 100, "temperature": 1, "seed": 1}
     kw |= {"parallel_tool_calls": False}
     if stream:
@@ -168,11 +176,11 @@ def test_forced_calls(client, choice, stream):
 
 
 class Flag(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     on: bool
 
 
 def test_forms(client):
-    pytest.importorskip("llmkit.engine.grammar")
     kw = {"max_tokens": 60, "temperature": 1, "seed": 1}
     parsed = client.chat.completions.parse(model="a", messages=HI, response_format=Flag, **kw)
     assert isinstance(parsed.choices[0].message.parsed, Flag)

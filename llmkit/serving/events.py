@@ -17,7 +17,7 @@ from .toolcalls import Event, MadeCall
 from .writers import Chunks, encode
 
 # %% auto #0
-__all__ = ['echo_of', 'message_item', 'call_item', 'ResponseBody', 'ResponseWriter']
+__all__ = ['echo_of', 'message_item', 'call_item', 'ResponseItems', 'ResponseBody', 'Numbered', 'ItemEvents', 'ResponseWriter']
 
 # %% ../../nbs/serving/05c_events.ipynb #572376e0
 def echo_of(asked: ResponsesRequest) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def call_item(call: MadeCall, status: str) -> dict[str, Any]:
     return names | {"name": call.name, "arguments": call.arguments}
 
 # %% ../../nbs/serving/05c_events.ipynb #81fb856a
-class ResponseBody(Chunks):
-    "The response as an object, as far as it is."
+class ResponseItems(Chunks):
+    "The items of a reply, and how it ended."
 
     def __init__(self, call: Call) -> None:
         assert isinstance(call.asked, ResponsesRequest)
@@ -71,6 +71,10 @@ class ResponseBody(Chunks):
     def status(self) -> str:
         "How the reply ended."
         return "incomplete" if self.choice.finish == "length" else "completed"
+
+# %% ../../nbs/serving/05c_events.ipynb #42197c79
+class ResponseBody(ResponseItems):
+    "The response as an object, as far as it is."
 
     def response(self, status: str, items: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         "The response object."
@@ -95,9 +99,9 @@ class ResponseBody(Chunks):
         "The reply in one piece."
         return encode(self.finished())
 
-# %% ../../nbs/serving/05c_events.ipynb #a5abff12
-class ResponseWriter(ResponseBody):
-    "Writes `/v1/responses`."
+# %% ../../nbs/serving/05c_events.ipynb #04b71515
+class Numbered(ResponseBody):
+    "The events that concern the whole response."
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -115,23 +119,13 @@ class ResponseWriter(ResponseBody):
         start = self.response("in_progress")
         return self.event("response.created", response=start) + self.event("response.in_progress", response=start)
 
-    def step(self, made: Sequence[Step]) -> bytes:
-        "Events for all that a step of the engine made."
-        found: list[Event] = [t for _, t, _ in made if t] if self.choice.reader is None else self.choice.events
-        return b"".join([self.grow(e) for e in found])
+    def fail(self, error: ApiError) -> bytes:
+        "An error in the middle of a stream."
+        return self.event("error", code=error.code, message=error.message, param=error.param)
 
-    def grow(self, e: Event) -> bytes:
-        "Events for one thing that the reply shows."
-        if isinstance(e, MadeCall):
-            return self.close() + self.open(e)
-        if isinstance(e, tuple):
-            at = {"item_id": call_item(e[0], "")["id"], "output_index": self._index}
-            return self.event("response.function_call_arguments.delta", **at, delta=e[1])
-        if isinstance(self._open, MadeCall):
-            return b""
-        start = b"" if self._open else self.open(f"msg_{self.call.id[5:]}")
-        at = {"item_id": self._open, "output_index": self._index, "content_index": 0}
-        return start + self.event("response.output_text.delta", **at, delta=e, logprobs=[])
+# %% ../../nbs/serving/05c_events.ipynb #804ddd91
+class ItemEvents(Numbered):
+    "The events at the beginning and the end of an item."
 
     def open(self, what: MadeCall | str) -> bytes:
         "An item begins."
@@ -161,12 +155,30 @@ class ResponseWriter(ResponseBody):
         self._open = None
         return done + self.event("response.output_item.done", **at, item=item)
 
+# %% ../../nbs/serving/05c_events.ipynb #240cafc8
+class ResponseWriter(ItemEvents):
+    "Writes `/v1/responses`."
+
+    def step(self, made: Sequence[Step]) -> bytes:
+        "Events for all that a step of the engine made."
+        found: list[Event] = [t for _, t, _ in made if t] if self.choice.reader is None else self.choice.events
+        return b"".join([self.grow(e) for e in found])
+
+    def grow(self, e: Event) -> bytes:
+        "Events for one thing that the reply shows."
+        if isinstance(e, MadeCall):
+            return self.close() + self.open(e)
+        if isinstance(e, tuple):
+            at = {"item_id": call_item(e[0], "")["id"], "output_index": self._index}
+            return self.event("response.function_call_arguments.delta", **at, delta=e[1])
+        if isinstance(self._open, MadeCall):
+            return b""
+        start = b"" if self._open else self.open(f"msg_{self.call.id[5:]}")
+        at = {"item_id": self._open, "output_index": self._index, "content_index": 0}
+        return start + self.event("response.output_text.delta", **at, delta=e, logprobs=[])
+
     def end(self, usage_too: bool) -> bytes:
         "The last item and the whole response; a reply without any text has an empty message."
         found = self.open(f"msg_{self.call.id[5:]}") if self._index < 0 else b""
         found += self.close()
         return found + self.event(f"response.{self.status()}", response=self.finished())
-
-    def fail(self, error: ApiError) -> bytes:
-        "An error in the middle of a stream."
-        return self.event("error", code=error.code, message=error.message, param=error.param)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from .. import __version__
+import llmkit
 from .chat import ChatRequest
 from .protocol import CompletionRequest, FeedbackRequest, RevisionRequest, RouteRequest
 from .responses import ResponsesRequest
@@ -118,5 +118,5 @@ def description() -> bytes:
     say = {"api": "an API key, if the server has any", "admin": "the admin key"}
     keys = {k: {"type": "http", "scheme": "bearer", "description": v} for k, v in say.items()}
     parts = {"schemas": schemas, "securitySchemes": keys}
-    about = {"title": "llmkit", "version": __version__}
+    about = {"title": "llmkit", "version": llmkit.__version__}
     return msgspec.json.encode({"openapi": "3.1.0", "info": about, "paths": paths, "components": parts})

@@ -14,13 +14,13 @@ from .text import Detokenizer, StopFilter, Text, token_name
 from .toolcalls import CallReader, Event, MadeCall
 
 # %% auto #0
-__all__ = ['Choice', 'new_choice', 'name_top', 'completion_logprobs', 'chat_logprobs', 'envelope', 'usage', 'Style',
+__all__ = ['Growing', 'Choice', 'new_choice', 'name_top', 'completion_logprobs', 'chat_logprobs', 'envelope', 'usage', 'Style',
            'completion_choice', 'chat_choice', 'call_entry', 'delta_of', 'completion_chunk', 'chat_chunk']
 
-# %% ../../nbs/serving/02a_replies.ipynb #2d8f6df3
+# %% ../../nbs/serving/02a_replies.ipynb #d522026e
 @dataclass(slots=True)
-class Choice:
-    "One reply in the making."
+class Growing:
+    "What is there of a reply."
 
     index: int
     request: Request
@@ -34,6 +34,22 @@ class Choice:
     events: list[Event] = field(default_factory=list)  # what the reader found and nobody has written yet
     finish: str | None = None
     cached: int = 0  # prompt tokens that were not computed again
+
+    @property
+    def text(self) -> str:
+        "All text so far."
+        return "".join(self.pieces)
+
+    @property
+    def reason(self) -> str | None:
+        "Why it is finished, as clients are told."
+        called = self.finish == "stop" and self.reader is not None and self.reader.calls
+        return "tool_calls" if called else self.finish
+
+# %% ../../nbs/serving/02a_replies.ipynb #2d8f6df3
+@dataclass(slots=True)
+class Choice(Growing):
+    "One reply in the making."
 
     def take(self, out: Output) -> str:
         "Take in what a step made; the text that may be shown now."
@@ -58,17 +74,6 @@ class Choice:
         self.events += self.reader.add(text, last=self.finish is not None)
         self.finish = self.finish or ("stop" if self.reader.done else None)
         return text
-
-    @property
-    def text(self) -> str:
-        "All text so far."
-        return "".join(self.pieces)
-
-    @property
-    def reason(self) -> str | None:
-        "Why it is finished, as clients are told."
-        called = self.finish == "stop" and self.reader is not None and self.reader.calls
-        return "tool_calls" if called else self.finish
 
 # %% ../../nbs/serving/02a_replies.ipynb #ee1efe77
 def new_choice(

@@ -52,6 +52,7 @@ from llmkit.serving.state import (
     drop_revision,
     enter,
     feedback,
+    find,
     finish,
     measure,
     route,
@@ -94,9 +95,9 @@ async def tokenize(request: HttpRequest) -> Response:
     body, call = await read_body(request, state.cfg.max_body), new_call(request.url.path)
     if call.endpoint == "/detokenize":
         back = decode(DetokenizeRequest, body)
-        return json_response(detokenized(back, route(state, call, back.model, "").text))
+        return json_response(detokenized(back, find(state, call, back.model, "").text))
     asked = decode(TokenizeRequest, body)
-    revision = route(state, call, asked.model, "")
+    revision = find(state, call, asked.model, "")
     found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
     return json_response(found, headers=reply_headers(call))
 
@@ -138,9 +139,9 @@ async def ready(request: HttpRequest) -> Response:
 async def scrape(request: HttpRequest) -> Response:
     "`GET /metrics`."
     state: State = request.app.state.llmkit
+    measure(state)
     for revision in state.loaded.values():
         revision.metrics.step(*revision.loop.load())
-    measure(state)
     return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 # %% ../../nbs/serving/06_server.ipynb #6b0a0657

@@ -30,9 +30,9 @@ from .router import Router, Shadow, UnknownModel
 from .shared import RedisCache, connect
 
 # %% auto #0
-__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'route',
-           'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'dead', 'unready', 'measure',
-           'set_route', 'add_revision', 'drop_revision', 'feedback']
+__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'find',
+           'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'dead', 'unready',
+           'measure', 'set_route', 'add_revision', 'drop_revision', 'feedback']
 
 # %% ../../nbs/serving/05b_state.ipynb #1d39588e
 @dataclass(slots=True)
@@ -136,8 +136,8 @@ def reserve(state: State, call: Call) -> None:
         visit.reserved = tokens
 
 # %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
-def route(state: State, call: Call, model: str, session: str) -> Revision:
-    "The revision that answers; 404 for an unknown model, 503 while the server is loading or draining."
+def find(state: State, call: Call, model: str, session: str) -> Revision:
+    "The revision behind a name; 404 for an unknown model, 503 while the server is loading or draining."
     call.model, call.session = model, session
     if state.draining or not state.ready:
         why = "the server is shutting down" if state.draining else "the models are still loading"
@@ -147,8 +147,14 @@ def route(state: State, call: Call, model: str, session: str) -> Revision:
     except UnknownModel as e:
         raise ApiError(404, str(e), "model", "model_not_found") from e
     call.revision = state.loaded[name]
-    check_breaker(state, call.revision)
     return call.revision
+
+# %% ../../nbs/serving/05b_state.ipynb #f5625a59
+def route(state: State, call: Call, model: str, session: str) -> Revision:
+    "The revision that generates: found, and not left alone because it keeps failing."
+    revision = find(state, call, model, session)
+    check_breaker(state, revision)
+    return revision
 
 # %% ../../nbs/serving/05b_state.ipynb #1d1b2020
 def breaker_of(state: State, revision: Revision) -> Breaker:

@@ -17,7 +17,7 @@ from .text import held_back
 from .tools import CLOSE, OPEN
 
 # %% auto #0
-__all__ = ['Event', 'HEAD', 'MadeCall', 'Braces', 'whole_call', 'Pieces', 'States', 'CallReader']
+__all__ = ['Event', 'HEAD', 'MadeCall', 'Braces', 'whole_call', 'Pieces', 'Outside', 'States', 'CallReader']
 
 # %% ../../nbs/serving/02d_toolcalls.ipynb #89af1f45
 @dataclass(slots=True)
@@ -102,9 +102,9 @@ class Pieces:
             self.calls[-1].pieces.append(piece)
             self._events.append((self.calls[-1], piece))
 
-# %% ../../nbs/serving/02d_toolcalls.ipynb #3ec02052
-class States(Pieces):
-    "The states: each takes what it can from the text and names the next one, or itself if it needs more text."
+# %% ../../nbs/serving/02d_toolcalls.ipynb #6c4fa362
+class Outside(Pieces):
+    "The states around calls: each takes what it can from the text and names the next one, or itself to get more text."
 
     def outside(self, last: bool) -> str:
         "Between calls: text up to a tag, or the commas of a list."
@@ -137,6 +137,15 @@ class States(Pieces):
         self._text = rest
         return "outside"
 
+    def next(self, state: str = "outside") -> str:
+        "The state after a call: `state`, or none if one call is all."
+        self.done = not self.many
+        return "end" if self.done else state
+
+# %% ../../nbs/serving/02d_toolcalls.ipynb #c8b1a793
+class States(Outside):
+    "The states inside a call, and the last one."
+
     def arguments(self, last: bool) -> str:
         "Inside the arguments."
         end = self._braces.feed(self._text)
@@ -152,11 +161,6 @@ class States(Pieces):
         if found:
             self._text = rest
         return "outside" if found else "behind"
-
-    def next(self, state: str = "outside") -> str:
-        "The state after a call: `state`, or none if one call is all."
-        self.done = not self.many
-        return "end" if self.done else state
 
     def end(self, last: bool) -> str:
         "Nothing more is read."

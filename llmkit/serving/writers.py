@@ -122,12 +122,10 @@ class ChatWriter(Chunks):
         return [chat_choice(self.text, c, self.call.style) for c in self.call.choices]
 
     def begin(self) -> bytes:
-        "Who is speaking, once a choice."
-        delta = {"role": "assistant", "content": ""}
-        starts = [
-            {"index": c.index, "delta": delta, "logprobs": None, "finish_reason": None} for c in self.call.choices
-        ]
-        return b"".join(self._head + encode(s) + b"]}\n\n" for s in starts)
+        "Who is speaking, once a choice; whether there will be text is open where tools may be called."
+        starts = [(c.index, {"role": "assistant"} | ({} if c.reader else {"content": ""})) for c in self.call.choices]
+        found = [{"index": i, "delta": d, "logprobs": None, "finish_reason": None} for i, d in starts]
+        return b"".join(self._head + encode(s) + b"]}\n\n" for s in found)
 
     def one(self, step: Step) -> dict[str, Any]:
         "The choice of a chunk that is not plain."
