@@ -14,7 +14,7 @@ from typing import Any, Self
 from ..engine.process import EngineProcess, Orders, Report, wait_ready
 from ..engine.request import Request
 from ..engine.runners import Capabilities
-from .admission import Bounds, Ticket, engine_failed
+from .admission import Bounds, Ticket, engine_failed, engine_totals
 from .protocol import ApiError
 
 # %% auto #0
@@ -170,6 +170,10 @@ class RemoteLoop(SelfRepairing):
         running = sum(t.started > 0 for t in self.tickets.values())
         return running, len(self.tickets) - running, float(getattr(self.stats, "kv_used", 0.0))
 
+    def totals(self) -> dict[str, float]:
+        "What the engine has counted, by the names of the metrics."
+        return engine_totals(self.stats, self.restarts)
+
 # %% ../../nbs/serving/03b_remote.ipynb #409ae122
 class Remote(RemoteLoop):
     "A `RemoteLoop` that delivers: outputs to their mailboxes, refusals and failures as `ApiError`s."
@@ -195,8 +199,8 @@ class Remote(RemoteLoop):
             ticket.mailbox.put_nowait((request_id, error))
 
     def died(self) -> None:
-        "Tell everybody inside."
-        self.orders = Orders()
+        "Tell everybody inside; the memory went with the process."
+        self.orders, self.stats = Orders(), None
         for request_id in list(self.tickets):
             self.fail(request_id, engine_failed(self.failure))
 
