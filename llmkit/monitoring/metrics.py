@@ -85,6 +85,7 @@ class ModelMetrics:
     by_reason: dict[str, Counter]
     labels: tuple[str, str]
     reasons: dict[tuple[str, str], Counter] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)  # totals, when they were last looked at
 
     def count(self, name: str, reason: str) -> None:
         "Add one to a counter that has a reason beside the model, e.g. `request_success`."
@@ -96,6 +97,12 @@ class ModelMetrics:
         "Set the gauges from the engine's statistics."
         for name, value in zip(GAUGES, (running, waiting, kv_used), strict=True):
             self.gauges[name].set(value)
+
+    def total(self, name: str, value: float) -> None:
+        "Bring a counter up to a total that the engine keeps; one that is smaller than before began again at 0."
+        before = self.seen.get(name, 0.0)
+        self.counters[name].inc(value - before if value >= before else value)
+        self.seen[name] = value
 
     def finish(self, f: Finished) -> None:
         "Count one finished request."
@@ -130,6 +137,7 @@ OWN: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
     "shadow_requests": (Counter, "Copies of requests sent to a shadow revision", ("revision", "outcome")),
     "breaker_open": (Gauge, "Whether a revision is closed because it kept failing", ("revision",)),
     "breaker_rejections": (Counter, "Requests refused by an open breaker", ("revision",)),
+    "engine_restarts": (Counter, "Times that an engine process was replaced because it died", ("revision",)),
     "request_log_dropped": (Gauge, "Rows that the request log had no room for", ()),
 }
 
@@ -155,7 +163,8 @@ class ServerMetrics:
         at = (model_name, engine)
         return ModelMetrics(
             {n: g.labels(*at) for n, g in self.gauges.items()},
-            {n: c.labels(*at) for n, c in self.counters.items()},
+            {n: c.labels(*at) for n, c in self.counters.items()}
+            | {"engine_restarts": self.own["engine_restarts"].labels(model_name)},
             {n: h.labels(*at) for n, h in self.histograms.items()},
             self.by_reason,
             at,

@@ -19,8 +19,8 @@ from ..engine.request import Output, Request
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Ticket', 'Bounds', 'Traffic', 'hand_over', 'EngineThread', 'Intake', 'EngineLoop', 'engine_failed', 'run_engine',
-           'deliver']
+__all__ = ['Ticket', 'engine_totals', 'Bounds', 'Traffic', 'hand_over', 'EngineThread', 'Intake', 'EngineLoop', 'engine_failed',
+           'run_engine', 'deliver']
 
 # %% ../../nbs/serving/03_admission.ipynb #768658ef
 @dataclass(slots=True, eq=False)
@@ -31,6 +31,16 @@ class Ticket:
     mailbox: asyncio.Queue
     arrived: float
     started: float = 0.0  # when it left the queue; seconds of `time.perf_counter`
+
+# %% ../../nbs/serving/03_admission.ipynb #c69946e4
+def engine_totals(
+    stats: Any,  # `StepStats`, or None before the first step
+    restarts: int = 0,
+) -> dict[str, float]:
+    "The totals of an engine by the names of their metrics."
+    names = {"num_preemptions": "preemptions", "prefix_cache_queries": "prefix_queries"}
+    names["prefix_cache_hits"] = "prefix_hits"
+    return {m: float(getattr(stats, n, 0)) for m, n in names.items()} | {"engine_restarts": float(restarts)}
 
 # %% ../../nbs/serving/03_admission.ipynb #ea5421d7
 @dataclass(slots=True)
@@ -94,6 +104,10 @@ class EngineThread:
         "Requests in the batch, requests waiting, and the share of the KV cache in use."
         stats = getattr(self.engine, "stats", None)
         return len(self.traffic.running), len(self.traffic.waiting), float(getattr(stats, "kv_used", 0.0))
+
+    def totals(self) -> dict[str, float]:
+        "What the engine has counted, by the names of the metrics."
+        return engine_totals(getattr(self.engine, "stats", None))
 
     def _run(self) -> None:
         try:

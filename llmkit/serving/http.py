@@ -12,6 +12,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -26,18 +27,24 @@ __all__ = ['T', 'read_body', 'left', 'with_client', 'reply_headers', 'json_respo
            'EventStream', 'streamed', 'events']
 
 # %% ../../nbs/serving/05c_http.ipynb #05c04d7a
-async def read_body(request: HttpRequest, limit: int) -> bytes:
-    "The body of a request; 413 if it has more than `limit` bytes."
+async def read_body(request: HttpRequest, limit: int, seconds: float = 60.0) -> bytes:
+    "The body of a request; 413 if it has more than `limit` bytes, 408 if it takes longer than `seconds` to come."
     too_large = ApiError(413, f"the body has more than {limit} bytes", code="body_too_large")
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise too_large
     parts, size = [], 0
-    async for part in request.stream():
-        parts.append(part)
-        size += len(part)
-        if size > limit:
-            raise too_large
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                parts.append(part)
+                size += len(part)
+                if size > limit:
+                    raise too_large
+    except TimeoutError as e:
+        raise ApiError(408, f"the body took longer than {seconds:g} s to come", code="timeout") from e
+    except ClientDisconnect as e:
+        raise ApiError(499, "the client left", code="client_left") from e
     return b"".join(parts)
 
 # %% ../../nbs/serving/05c_http.ipynb #ebf08bb5

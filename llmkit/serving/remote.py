@@ -14,7 +14,7 @@ from typing import Any, Self
 from ..engine.process import EngineProcess, Orders, Report, wait_ready
 from ..engine.request import Request
 from ..engine.runners import Capabilities
-from .admission import Bounds, Ticket, engine_failed
+from .admission import Bounds, Ticket, engine_failed, engine_totals
 from .protocol import ApiError
 
 # %% auto #0
@@ -173,6 +173,10 @@ class RemoteLoop(Repaired):
         if self.process is not None:
             self.process.send(orders)
 
+    def totals(self) -> dict[str, float]:
+        "What the engine has counted, by the names of the metrics."
+        return engine_totals(self.stats, self.restarts)
+
 # %% ../../nbs/serving/03b_remote.ipynb #409ae122
 class Delivery(RemoteLoop):
     "Brings outputs to their mailboxes, refusals and failures as `ApiError`s."
@@ -201,8 +205,8 @@ class Delivery(RemoteLoop):
             ticket.mailbox.put_nowait((request_id, error))
 
     def died(self) -> None:
-        "Tell everybody inside."
-        self.orders = Orders()
+        "Tell everybody inside; the memory went with the process."
+        self.orders, self.stats = Orders(), None
         while self.asked:
             self.asked.popitem()[1].set_result(self.failure)
         for request_id in list(self.tickets):

@@ -69,7 +69,7 @@ async def generate(request: HttpRequest) -> Response:
     call = new_call(request.url.path)
     try:
         enter(state, call, who)
-        body = await read_body(request, state.cfg.max_body)
+        body = await read_body(request, state.cfg.max_body, state.cfg.timeout_s)
         asked = understood(call, body)
         session = request.headers.get("x-session-id") or asked.user or ""
         await prepare(call, asked, route(state, call, asked.model, session), len(body))
@@ -92,7 +92,7 @@ async def tokenize(request: HttpRequest) -> Response:
     "`POST /tokenize` and `/detokenize`."
     state: State = request.app.state.llmkit
     authorise(state, request.headers.get("authorization"))
-    body, call = await read_body(request, state.cfg.max_body), new_call(request.url.path)
+    body, call = await read_body(request, state.cfg.max_body, state.cfg.timeout_s), new_call(request.url.path)
     if call.endpoint == "/detokenize":
         back = decode(DetokenizeRequest, body)
         return json_response(detokenized(back, find(state, call, back.model, "").text))
@@ -119,7 +119,7 @@ async def label(request: HttpRequest) -> Response:
     "`POST /v1/feedback`: a label joins the log's row of `request_id`."
     state: State = request.app.state.llmkit
     authorise(state, request.headers.get("authorization"))
-    got = decode(FeedbackRequest, await read_body(request, state.cfg.max_body))
+    got = decode(FeedbackRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
     feedback(state, got.request_id, got.name, got.value)
     return json_response({"object": "feedback", "request_id": got.request_id, "name": got.name}, 202)
 
@@ -142,6 +142,8 @@ async def scrape(request: HttpRequest) -> Response:
     measure(state)
     for revision in state.loaded.values():
         revision.metrics.step(*revision.loop.load())
+        for name, value in revision.loop.totals().items():
+            revision.metrics.total(name, value)
     return Response(state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 # %% ../../nbs/serving/06_server.ipynb #6b0a0657
@@ -155,7 +157,7 @@ async def routes(request: HttpRequest) -> Response:
     state: State = request.app.state.llmkit
     authorise(state, request.headers.get("authorization"), admin=True)
     if request.method == "PUT":
-        asked = decode(RouteRequest, await read_body(request, state.cfg.max_body))
+        asked = decode(RouteRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
         set_route(state, request.path_params["alias"], asked.weights, asked.shadow)
     return json_response({"routes": state.router.routes, "shadows": state.router.shadows})
 
@@ -166,7 +168,7 @@ async def revisions(request: HttpRequest) -> Response:
     authorise(state, request.headers.get("authorization"), admin=True)
     name = request.path_params.get("name", "")
     if request.method == "PUT":
-        asked = decode(RevisionRequest, await read_body(request, state.cfg.max_body))
+        asked = decode(RevisionRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
         return json_response(await add_revision(state, name, asked.model, asked.variant), 201)
     if request.method == "DELETE":
         await drop_revision(state, name)
