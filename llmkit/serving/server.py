@@ -27,10 +27,11 @@ __all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', '
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
+from ..monitoring.jsonlog import log_as_json
+from .accesslog import front
 from .answer import answer
 from .calls import new_call, prepare
 from .config import ServeConfig, bind
-from .fastpath import FastPath
 from .http import error_response, json_response, read_body, reply_headers
 from llmkit.serving.protocol import (
     ApiError,
@@ -239,16 +240,13 @@ def run_server(cfg: ServeConfig) -> None:
         failed.append(error)
         server.should_exit = True
 
+    if cfg.log_json:
+        log_as_json()
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
-    how: dict[str, Any] = {
-        "http": "httptools",
-        "loop": "uvloop",
-        "lifespan": "on",
-        "log_level": "warning",
-        "access_log": False,
-    }
+    how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
+    how |= {"access_log": False} | ({"log_config": None} if cfg.log_json else {})
     how |= {"server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
-    server = Server(uvicorn.Config(FastPath(app, app.state.llmkit), **how))
+    server = Server(uvicorn.Config(front(app, app.state.llmkit), **how))
     if cfg.exit_with_stdin:
         end_with_stdin()
     server.run(sockets=[sock])
