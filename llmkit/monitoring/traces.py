@@ -15,8 +15,8 @@ from .otlp import JsonSender, otlp_address, otlp_headers, otlp_metrics, otlp_spa
 from .requestlog import RequestRow
 
 # %% auto #0
-__all__ = ['OPERATIONS', 'SECONDS', 'PER_TOKEN', 'MEASURES', 'attributes', 'span_attributes', 'measurements', 'Telemetry',
-           'otlp_exporters', 'json_exporters', 'telemetry_from']
+__all__ = ['OPERATIONS', 'SECONDS', 'PER_TOKEN', 'MEASURES', 'attributes', 'span_attributes', 'measurements', 'make_span',
+           'Telemetry', 'otlp_exporters', 'json_exporters', 'telemetry_from']
 
 # %% ../../nbs/monitoring/01a_traces.ipynb #2fb8c18d
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
@@ -60,6 +60,18 @@ def measurements(row: RequestRow) -> list[tuple[str, float, dict[str, Any]]]:
     used = (("input", row.prompt_tokens), ("output", row.completion_tokens))
     return found + [("gen_ai.client.token.usage", n, {"gen_ai.token.type": kind}) for kind, n in used]
 
+# %% ../../nbs/monitoring/01a_traces.ipynb #55cc8a53
+def make_span(tracer: Any, row: RequestRow) -> None:
+    "The span of a request that has ended."
+    from opentelemetry.trace import SpanKind, Status, StatusCode
+
+    found, start = span_attributes(row), int(row.time * 1e9)
+    name = f"{found['gen_ai.operation.name']} {row.alias}"
+    span = tracer.start_span(name, kind=SpanKind.SERVER, attributes=found, start_time=start)
+    if row.status >= 500:
+        span.set_status(Status(StatusCode.ERROR))
+    span.end(start + int(row.latency_s * 1e9))
+
 # %% ../../nbs/monitoring/01a_traces.ipynb #5eab2a85
 class Telemetry:
     "Makes spans and measurements of rows in a thread of its own; rows that it has no room for are dropped and counted."
@@ -97,19 +109,9 @@ class Telemetry:
 
     def _work(self) -> None:
         while (row := self._queue.get()) is not None:
-            self._make(row)
-
-    def _make(self, row: RequestRow) -> None:
-        from opentelemetry.trace import SpanKind, Status, StatusCode
-
-        common, start = attributes(row), int(row.time * 1e9)
-        name = f"{common['gen_ai.operation.name']} {row.alias}"
-        span = self._tracer.start_span(name, kind=SpanKind.SERVER, attributes=span_attributes(row), start_time=start)
-        if row.status >= 500:
-            span.set_status(Status(StatusCode.ERROR))
-        span.end(start + int(row.latency_s * 1e9))
-        for measure, value, more in measurements(row):
-            self._measures[measure].record(value, common | more)
+            make_span(self._tracer, row)
+            for measure, value, more in measurements(row):
+                self._measures[measure].record(value, attributes(row) | more)
 
 # %% ../../nbs/monitoring/01a_traces.ipynb #25194feb
 def otlp_exporters(environ: Mapping[str, str]) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from .. import __version__
+import llmkit
 from .cache import Known, Reply, canonical, key_of, repeatable
 from .calls import Call, row_of, run
 from .http import reply_headers, streamed, whole, with_client
@@ -28,7 +28,7 @@ __all__ = ['reply_key', 'cache_rules', 'stored', 'replay', 'compute', 'given_aga
 # %% ../../nbs/serving/05e_answer.ipynb #3a1bc255
 def reply_key(revision: Revision, endpoint: str, request: bytes) -> bytes:
     "The key of a reply; `request` is the digest of the canonical request."
-    return key_of(__version__, revision.name, revision.weights, revision.variant, endpoint, request)
+    return key_of(llmkit.__version__, revision.name, revision.weights, revision.variant, endpoint, request)
 
 # %% ../../nbs/serving/05e_answer.ipynb #0a4c88c8
 def cache_rules(header: str) -> tuple[bool, bool]:

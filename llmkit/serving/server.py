@@ -29,6 +29,7 @@ __all__ = ['generate', 'models', 'label', 'live', 'ready', 'scrape', 'routes', '
 from ..core.errors import LLMKitError, ServiceError
 from ..monitoring.jsonlog import log_as_json
 from .accesslog import front
+from .admin import add_revision, drop_revision, feedback, set_route
 from .answer import answer
 from .calls import new_call, prepare
 from .config import ServeConfig, bind
@@ -42,20 +43,7 @@ from llmkit.serving.protocol import (
     RouteRequest,
     decode,
 )
-from llmkit.serving.state import (
-    State,
-    add_revision,
-    authorise,
-    dead,
-    drop_revision,
-    enter,
-    feedback,
-    finish,
-    measure,
-    route,
-    set_route,
-    unready,
-)
+from .state import State, authorise, dead, enter, finish, measure, route, unready
 
 # %% ../../nbs/serving/06_server.ipynb #5271bea6
 async def generate(request: HttpRequest) -> Response:

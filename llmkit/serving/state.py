@@ -9,14 +9,10 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
-from msgspec import UNSET, UnsetType
-
-from ..core.errors import LLMKitError
 from ..monitoring.jsonlog import note
 from ..monitoring.metrics import ServerMetrics
 from ..monitoring.requestlog import RequestLog, RequestRow
@@ -27,15 +23,15 @@ from .breaker import Breaker
 from .cache import Reply, ReplyCache
 from .calls import Call, count, row_of
 from .config import ServeConfig
-from .protocol import ApiError, ShadowRequest
+from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
-from .router import Router, Shadow, UnknownModel
+from .router import Router, UnknownModel
 from .shared import RedisCache, connect
 
 # %% auto #0
-__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'route',
-           'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell', 'dead', 'unready', 'measure',
-           'set_route', 'add_revision', 'drop_revision', 'feedback']
+__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'authorise', 'charge', 'enter',
+           'reserve', 'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell', 'dead',
+           'unready', 'measure']
 
 # %% ../../nbs/serving/05b_state.ipynb #597877d5
 @dataclass(slots=True)
@@ -45,6 +41,13 @@ class Visit:
     who: Principal
     reserved: int = 0  # tokens taken from the key's limit
     source: str = ""  # 'shadow' for a copy that nobody waits for
+
+# %% ../../nbs/serving/05b_state.ipynb #7cdd3644
+async def end_all(tasks: set[asyncio.Task[None]]) -> None:
+    "Cancel tasks and wait until they are gone."
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../../nbs/serving/05b_state.ipynb #74eed75d
 def new_cache(cfg: ServeConfig, metrics: ServerMetrics) -> ReplyCache | None:
@@ -61,15 +64,15 @@ class State:
 
     def __init__(self, cfg: ServeConfig, load: Callable[..., Revision] = load_revision) -> None:
         self.cfg, self.metrics, self.router = cfg, ServerMetrics(), Router()
-        self.keys, self.admin_key = cfg.keys(), cfg.admin_key or new_key()
-        self.admin, self.limiter = KeyStore({"admin": self.admin_key}), RateLimiter()
+        self.keys, self.admin_key, self.limiter = cfg.keys(), cfg.admin_key or new_key(), RateLimiter()
+        self.admin = KeyStore({"admin": self.admin_key})
         self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
         self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
         self.breakers: WeakKeyDictionary[Revision, Breaker] = WeakKeyDictionary()
         self.copies: set[asyncio.Task[None]] = set()  # shadow traffic under way
         self.revisions = Revisions(load, cfg, self.metrics)
-        self.log, self.cache = RequestLog(cfg.log) if cfg.log else None, new_cache(cfg, self.metrics)
-        self.telemetry = telemetry_from(os.environ)
+        self.log, self.telemetry = RequestLog(cfg.log) if cfg.log else None, telemetry_from(os.environ)
+        self.cache = new_cache(cfg, self.metrics)
         self.ready, self.draining, self.failure = False, False, ""
 
     @property
@@ -88,9 +91,7 @@ class State:
     async def close(self) -> None:
         "Let what runs finish, then stop the engines and write the log to its end."
         self.draining = True
-        for copy in self.copies:
-            copy.cancel()
-        await asyncio.gather(*self.copies, return_exceptions=True)
+        await end_all(self.copies)
         await asyncio.gather(*[r.loop.close(self.cfg.drain_s) for r in list(self.loaded.values())])
         if self.cache and self.cache.shared:
             await self.cache.shared.close()
@@ -265,52 +266,3 @@ def measure(state: State) -> None:
     for revision, breaker in state.breakers.items():
         state.metrics.own["breaker_open"].labels(revision.name).set(breaker.closed_until is not None)
     state.metrics.own["request_log_dropped"].set(state.log.counts.dropped if state.log else 0)
-
-# %% ../../nbs/serving/05b_state.ipynb #98152207
-def set_route(
-    state: State,
-    alias: str,
-    weights: Mapping[str, float],
-    shadow: ShadowRequest | UnsetType | None = UNSET,  # not given: as it was; None: no longer
-) -> dict[str, float]:
-    "Change a route; 400 says what is wrong with it, and then nothing has changed."
-    try:
-        wanted = Shadow(shadow.revision, shadow.share) if isinstance(shadow, ShadowRequest) else None
-        if wanted:
-            wanted.check(alias, state.loaded)
-        found = state.router.set(alias, weights, state.loaded)
-        if not isinstance(shadow, UnsetType):
-            state.router.cast(alias, wanted, state.loaded)
-        return found
-    except LLMKitError as e:
-        raise ApiError(400, str(e), "shadow" if "shadow" in e.message else "weights", "invalid_route") from e
-
-# %% ../../nbs/serving/05b_state.ipynb #8ad37065
-async def add_revision(state: State, name: str, folder: str, variant: str) -> dict[str, Any]:
-    "Load a revision; 400 for a folder that cannot be served, 409 for a name that is taken."
-    if name in state.loaded or name in state.revisions.coming or name in state.router.routes:
-        raise ApiError(409, f"{name!r} is already there", "name", "name_taken")
-    try:
-        return (await state.revisions.load(name, folder, variant)).describe()
-    except LLMKitError as e:
-        raise ApiError(400, str(e), "model", "invalid_model") from e
-
-# %% ../../nbs/serving/05b_state.ipynb #2c30c2fe
-async def drop_revision(state: State, name: str) -> None:
-    "Unload a revision when its requests are done; 404 if it is not loaded, 409 if a route uses it."
-    if name not in state.loaded:
-        raise ApiError(404, f"revision {name!r} is not loaded", "name", "revision_not_found")
-    if used := state.router.using(name):
-        shadow = state.router.shadows.get(used[0])
-        what = "set its weight to 0 first" if not shadow or shadow.revision != name else "end its shadow first"
-        raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; {what}", "name", "in_use")
-    state.router.forget(name)
-    await state.revisions.unload(name, state.cfg.drain_s)
-
-# %% ../../nbs/serving/05b_state.ipynb #c678eb4d
-def feedback(state: State, request_id: str, name: str, value: float) -> None:
-    "Store a label for an answered request; 409 without a request log."
-    if state.log is None:
-        raise ApiError(409, "this server keeps no request log", code="no_request_log")
-    if not state.log.label(request_id, name, value):
-        raise ApiError(503, "the request log is behind", code="log_full", retry_after=1)
