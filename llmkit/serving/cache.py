@@ -17,7 +17,8 @@ import msgspec
 from .protocol import Shared
 
 # %% auto #0
-__all__ = ['ASIDE', 'V', 'repeatable', 'canonical', 'key_of', 'Reply', 'ByteLRU', 'Flights', 'Behind', 'Known', 'ReplyCache']
+__all__ = ['ASIDE', 'V', 'repeatable', 'canonical', 'key_of', 'Reply', 'ByteLRU', 'Flights', 'Behind', 'Known', 'Memory',
+           'ReplyCache']
 
 # %% ../../nbs/serving/04_cache.ipynb #c886a1f1
 def repeatable(asked: Shared) -> bool:
@@ -145,8 +146,8 @@ class Known(msgspec.Struct, frozen=True):
     keep: bool  # whether it goes into the request log
 
 # %% ../../nbs/serving/04_cache.ipynb #26c42e54
-class ReplyCache:
-    "Replies by key: here, in flight, or in a shared cache."
+class Memory:
+    "What is remembered: replies by key, here and in a shared cache, and what bytes were."
 
     def __init__(self, limit: int, shared: Behind | None = None) -> None:
         self.replies, self.known = ByteLRU[Reply](limit - limit // 8), ByteLRU[Known](limit // 8)
@@ -173,6 +174,10 @@ class ReplyCache:
         if found is None and self.shared is not None and (found := await self.shared.get(key)) is not None:
             self.replies.put(key, found, found.size())
         return found
+
+# %% ../../nbs/serving/04_cache.ipynb #03ab2b36
+class ReplyCache(Memory):
+    "Replies by key: here, in flight, or in a shared cache."
 
     async def through(self, key: bytes, make: Callable[[], Awaitable[Reply]], read: bool = True) -> tuple[Reply, bool]:
         "The reply, and whether it was there or on its way; without `read` it is made in any case."

@@ -27,8 +27,11 @@ def command(models: Mapping[str, str | Path], weights: Mapping[str, float] | Non
     "The command line of a server: `python -m llmkit.cli serve ...`."
     args = [sys.executable, "-m", "llmkit.cli", "serve", *(f"{name}={folder}" for name, folder in models.items())]
     for name, value in options.items():
-        if value is not None and value != "":
-            args += [f"--{name.replace('_', '-')}", str(value)]
+        flag = name.strip("_").replace("_", "-")
+        if isinstance(value, bool):
+            args.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None and value != "":
+            args += [f"--{flag}", str(value)]
     for revision, weight in (weights or {}).items():
         args += ["--weight", f"{revision}={weight}"]
     return [*args, "--exit-with-stdin"]

@@ -27,11 +27,13 @@ __all__ = ['generate', 'understood', 'tokenize', 'models', 'label', 'live', 'rea
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
+from ..monitoring.jsonlog import log_as_json
+from .accesslog import front
+from .admin import add_revision, drop_revision, feedback, set_route
 from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
-from .fastpath import FastPath
 from .http import error_response, json_response, read_body, reply_headers
 from .openapi import description
 from llmkit.serving.protocol import (
@@ -44,21 +46,7 @@ from llmkit.serving.protocol import (
     decode,
 )
 from .responses import ResponsesRequest, chat_of, in_words
-from llmkit.serving.state import (
-    State,
-    add_revision,
-    authorise,
-    dead,
-    drop_revision,
-    enter,
-    feedback,
-    find,
-    finish,
-    measure,
-    route,
-    set_route,
-    unready,
-)
+from .state import State, authorise, dead, enter, find, finish, measure, route, unready
 from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 
 # %% ../../nbs/serving/06_server.ipynb #5271bea6
@@ -278,10 +266,13 @@ def run_server(cfg: ServeConfig) -> None:
         failed.append(error)
         server.should_exit = True
 
+    if cfg.log_json:
+        log_as_json()
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
     how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
-    how |= {"access_log": False, "server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
-    server = Server(uvicorn.Config(FastPath(app, app.state.llmkit), **how))
+    how |= {"access_log": False} | ({"log_config": None} if cfg.log_json else {})
+    how |= {"server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
+    server = Server(uvicorn.Config(front(app, app.state.llmkit), **how))
     if cfg.exit_with_stdin:
         end_with_stdin()
     server.run(sockets=[sock])

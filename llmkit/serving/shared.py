@@ -16,7 +16,7 @@ from ..core.errors import require
 from .cache import Reply
 
 # %% auto #0
-__all__ = ['TIMEOUT_S', 'REST_S', 'KEEP_S', 'connect', 'RedisCache']
+__all__ = ['TIMEOUT_S', 'REST_S', 'KEEP_S', 'connect', 'Guarded', 'RedisCache']
 
 # %% ../../nbs/serving/04a_shared.ipynb #e402575b
 TIMEOUT_S = 0.25  # of one answer
@@ -32,8 +32,8 @@ def connect(url: str) -> Any:
     return redis_asyncio.Redis.from_url(url, retry=retry, **limits)
 
 # %% ../../nbs/serving/04a_shared.ipynb #9debb16a
-class RedisCache:
-    "Replies in Redis; whatever goes wrong there is counted and treated as a miss."
+class Guarded:
+    "A client whose errors are counted and which is left alone for a while after one."
 
     def __init__(
         self,
@@ -57,6 +57,10 @@ class RedisCache:
     def _fail(self) -> None:
         self._rest_until = self._clock() + REST_S
         self._on_error()
+
+# %% ../../nbs/serving/04a_shared.ipynb #8c160c9e
+class RedisCache(Guarded):
+    "Replies in Redis; whatever goes wrong there is counted and treated as a miss."
 
     async def get(self, key: bytes) -> Reply | None:
         "The reply, or None if there is none, it cannot be read, or Redis does not answer."

@@ -7,34 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
-from msgspec import UNSET, UnsetType
-
-from ..core.errors import LLMKitError
+from ..monitoring.jsonlog import note
 from ..monitoring.metrics import ServerMetrics
 from ..monitoring.requestlog import RequestLog, RequestRow
+from ..monitoring.traces import telemetry_from
 from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
 from .breaker import Breaker
 from .cache import Reply, ReplyCache
 from .calls import Call, count, row_of
 from .config import ServeConfig
-from .protocol import ApiError, ShadowRequest
+from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
-from .router import Router, Shadow, UnknownModel
+from .router import Router, UnknownModel
 from .shared import RedisCache, connect
 
 # %% auto #0
-__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'new_cache', 'State', 'authorise', 'charge', 'enter', 'reserve', 'find',
-           'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'dead', 'unready',
-           'measure', 'set_route', 'add_revision', 'drop_revision', 'feedback']
+__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'authorise', 'charge', 'enter',
+           'reserve', 'find', 'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell',
+           'dead', 'unready', 'measure']
 
-# %% ../../nbs/serving/05b_state.ipynb #1d39588e
+# %% ../../nbs/serving/05b_state.ipynb #597877d5
 @dataclass(slots=True)
 class Visit:
     "What is remembered of a call until it ends."
@@ -43,7 +42,14 @@ class Visit:
     reserved: int = 0  # tokens taken from the key's limit
     source: str = ""  # 'shadow' for a copy that nobody waits for
 
-# %% ../../nbs/serving/05b_state.ipynb #99b98a7f
+# %% ../../nbs/serving/05b_state.ipynb #7cdd3644
+async def end_all(tasks: set[asyncio.Task[None]]) -> None:
+    "Cancel tasks and wait until they are gone."
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+# %% ../../nbs/serving/05b_state.ipynb #74eed75d
 def new_cache(cfg: ServeConfig, metrics: ServerMetrics) -> ReplyCache | None:
     "The cache that `cfg` asks for, if it does."
     if not cfg.cache_mb:
@@ -58,14 +64,15 @@ class State:
 
     def __init__(self, cfg: ServeConfig, load: Callable[..., Revision] = load_revision) -> None:
         self.cfg, self.metrics, self.router = cfg, ServerMetrics(), Router()
-        self.keys, self.admin_key = cfg.keys(), cfg.admin_key or new_key()
-        self.admin, self.limiter = KeyStore({"admin": self.admin_key}), RateLimiter()
+        self.keys, self.admin_key, self.limiter = cfg.keys(), cfg.admin_key or new_key(), RateLimiter()
+        self.admin = KeyStore({"admin": self.admin_key})
         self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
         self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
         self.breakers: WeakKeyDictionary[Revision, Breaker] = WeakKeyDictionary()
         self.copies: set[asyncio.Task[None]] = set()  # shadow traffic under way
         self.revisions = Revisions(load, cfg, self.metrics)
-        self.log, self.cache = RequestLog(cfg.log) if cfg.log else None, new_cache(cfg, self.metrics)
+        self.log, self.telemetry = RequestLog(cfg.log) if cfg.log else None, telemetry_from(os.environ)
+        self.cache = new_cache(cfg, self.metrics)
         self.ready, self.draining, self.failure = False, False, ""
 
     @property
@@ -84,21 +91,23 @@ class State:
     async def close(self) -> None:
         "Let what runs finish, then stop the engines and write the log to its end."
         self.draining = True
-        for copy in self.copies:
-            copy.cancel()
-        await asyncio.gather(*self.copies, return_exceptions=True)
+        await end_all(self.copies)
         await asyncio.gather(*[r.loop.close(self.cfg.drain_s) for r in list(self.loaded.values())])
         if self.cache and self.cache.shared:
             await self.cache.shared.close()
-        if self.log:
-            await asyncio.to_thread(self.log.close)
+        for writer in (self.log, self.telemetry):
+            if writer:
+                await asyncio.to_thread(writer.close)
 
 # %% ../../nbs/serving/05b_state.ipynb #b0cfcf33
 def authorise(state: State, header: str | None, admin: bool = False) -> Principal:
     "Who sends this, or ApiError 401 (no valid key) or 403 (a valid key, but not the administrator's)."
     if state.admin.who(header):
+        note(key=ADMIN.name)
         return ADMIN
     who = state.keys.who(header)
+    if who:
+        note(key=who.name)
     if admin:
         say = "this needs the admin key" if who else "the admin key is missing or wrong"
         raise ApiError(403 if who else 401, say, code="admin_key_required")
@@ -106,10 +115,10 @@ def authorise(state: State, header: str | None, admin: bool = False) -> Principa
         raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
     return who or state.anonymous
 
-# %% ../../nbs/serving/05b_state.ipynb #acc8b015
+# %% ../../nbs/serving/05b_state.ipynb #e6d163bf
 ADMIN = Principal("admin", admin=True)
 
-# %% ../../nbs/serving/05b_state.ipynb #19d250a2
+# %% ../../nbs/serving/05b_state.ipynb #dfb9bb26
 def charge(state: State, who: Principal, limit: str, amount: float) -> None:
     "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
     try:
@@ -120,13 +129,13 @@ def charge(state: State, who: Principal, limit: str, amount: float) -> None:
             raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
         raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
 
-# %% ../../nbs/serving/05b_state.ipynb #a9190eb5
+# %% ../../nbs/serving/05b_state.ipynb #196e09d8
 def enter(state: State, call: Call, who: Principal) -> None:
     "Let a call of `who` in; 429 if the key has sent enough for a minute."
     state.inside[call] = Visit(who)
     charge(state, who, "rpm", 1)
 
-# %% ../../nbs/serving/05b_state.ipynb #35896fc1
+# %% ../../nbs/serving/05b_state.ipynb #867e867f
 def reserve(state: State, call: Call) -> None:
     "Set aside the tokens that a prepared call may use; 429 if the key has not that many left."
     visit = state.inside.get(call)
@@ -156,14 +165,14 @@ def route(state: State, call: Call, model: str, session: str) -> Revision:
     check_breaker(state, revision)
     return revision
 
-# %% ../../nbs/serving/05b_state.ipynb #1d1b2020
+# %% ../../nbs/serving/05b_state.ipynb #a3a84daa
 def breaker_of(state: State, revision: Revision) -> Breaker:
     "The breaker in front of a revision; one that is loaded anew begins with a new one."
     if revision not in state.breakers:
         state.breakers[revision] = Breaker(state.cfg.breaker, state.cfg.breaker_pause_s)
     return state.breakers[revision]
 
-# %% ../../nbs/serving/05b_state.ipynb #c861c14d
+# %% ../../nbs/serving/05b_state.ipynb #f9a6da61
 def check_breaker(state: State, revision: Revision) -> None:
     "Pass, or 503 with the seconds until the next request may try."
     if wait := breaker_of(state, revision).wait():
@@ -171,10 +180,10 @@ def check_breaker(state: State, revision: Revision) -> None:
         say = f"revision {revision.name!r} keeps failing and is left alone for a while"
         raise ApiError(503, say, code="breaker_open", retry_after=math.ceil(wait))
 
-# %% ../../nbs/serving/05b_state.ipynb #17ed123c
+# %% ../../nbs/serving/05b_state.ipynb #d084706e
 ENGINE_FAILED = ("engine_failed", "internal_error")
 
-# %% ../../nbs/serving/05b_state.ipynb #0067873a
+# %% ../../nbs/serving/05b_state.ipynb #5f5476f4
 def heed(state: State, revision: Revision, error: ApiError | None) -> None:
     "Tell the breaker how a call ended."
     breaker = breaker_of(state, revision)
@@ -183,7 +192,7 @@ def heed(state: State, revision: Revision, error: ApiError | None) -> None:
     elif error.code in ENGINE_FAILED or (error.code == "unavailable" and revision.loop.failure):
         breaker.failed()
 
-# %% ../../nbs/serving/05b_state.ipynb #cd33056f
+# %% ../../nbs/serving/05b_state.ipynb #cfa8539f
 def row_again(call: Call, reply: Reply) -> RequestRow:
     "The row of a call whose reply came from the cache."
     revision = call.revision.name if call.revision else ""
@@ -193,7 +202,7 @@ def row_again(call: Call, reply: Reply) -> RequestRow:
     where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
     return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
 
-# %% ../../nbs/serving/05b_state.ipynb #5ca310c3
+# %% ../../nbs/serving/05b_state.ipynb #a74b3104
 def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> None:
     "Pay for what a call really used, from its key's limit and in the metrics."
     if visit is not None and visit.reserved:
@@ -222,6 +231,16 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     if call.revision is not None and reply is None:
         heed(state, call.revision, error)
     settle(state, call, row, visit)
+    tell(state, call, row)
+
+# %% ../../nbs/serving/05b_state.ipynb #4cb19e71
+def tell(state: State, call: Call, row: RequestRow) -> None:
+    "Hand the row of a finished call to whoever keeps such things."
+    if row.source != "shadow":
+        tokens = {"prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens}
+        note(status=row.status, revision=row.revision or None, source=row.source or None, **tokens)
+    if state.telemetry:
+        state.telemetry.record(row)
     if state.log and call.keep:
         state.log.add(row)
 
@@ -246,59 +265,10 @@ def unready(state: State) -> str:
     full = [r.name for r in state.loaded.values() if r.loop.load()[1] >= max(1, state.cfg.queue)]
     return dead(state) or (f"the queue of {full[0]} is full" if full else "")
 
-# %% ../../nbs/serving/05b_state.ipynb #09b3b66c
+# %% ../../nbs/serving/05b_state.ipynb #5dec94af
 def measure(state: State) -> None:
     "Bring the server's gauges up to date."
     state.metrics.own["response_cache_bytes"].set(state.cache.used if state.cache else 0)
     for revision, breaker in state.breakers.items():
         state.metrics.own["breaker_open"].labels(revision.name).set(breaker.closed_until is not None)
     state.metrics.own["request_log_dropped"].set(state.log.counts.dropped if state.log else 0)
-
-# %% ../../nbs/serving/05b_state.ipynb #98152207
-def set_route(
-    state: State,
-    alias: str,
-    weights: Mapping[str, float],
-    shadow: ShadowRequest | UnsetType | None = UNSET,  # not given: as it was; None: no longer
-) -> dict[str, float]:
-    "Change a route; 400 says what is wrong with it, and then nothing has changed."
-    try:
-        wanted = Shadow(shadow.revision, shadow.share) if isinstance(shadow, ShadowRequest) else None
-        if wanted:
-            wanted.check(alias, state.loaded)
-        found = state.router.set(alias, weights, state.loaded)
-        if not isinstance(shadow, UnsetType):
-            state.router.cast(alias, wanted, state.loaded)
-        return found
-    except LLMKitError as e:
-        raise ApiError(400, str(e), "shadow" if "shadow" in e.message else "weights", "invalid_route") from e
-
-# %% ../../nbs/serving/05b_state.ipynb #8ad37065
-async def add_revision(state: State, name: str, folder: str, variant: str) -> dict[str, Any]:
-    "Load a revision; 400 for a folder that cannot be served, 409 for a name that is taken."
-    if name in state.loaded or name in state.revisions.coming or name in state.router.routes:
-        raise ApiError(409, f"{name!r} is already there", "name", "name_taken")
-    try:
-        return (await state.revisions.load(name, folder, variant)).describe()
-    except LLMKitError as e:
-        raise ApiError(400, str(e), "model", "invalid_model") from e
-
-# %% ../../nbs/serving/05b_state.ipynb #2c30c2fe
-async def drop_revision(state: State, name: str) -> None:
-    "Unload a revision when its requests are done; 404 if it is not loaded, 409 if a route uses it."
-    if name not in state.loaded:
-        raise ApiError(404, f"revision {name!r} is not loaded", "name", "revision_not_found")
-    if used := state.router.using(name):
-        shadow = state.router.shadows.get(used[0])
-        what = "set its weight to 0 first" if not shadow or shadow.revision != name else "end its shadow first"
-        raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; {what}", "name", "in_use")
-    state.router.forget(name)
-    await state.revisions.unload(name, state.cfg.drain_s)
-
-# %% ../../nbs/serving/05b_state.ipynb #c678eb4d
-def feedback(state: State, request_id: str, name: str, value: float) -> None:
-    "Store a label for an answered request; 409 without a request log."
-    if state.log is None:
-        raise ApiError(409, "this server keeps no request log", code="no_request_log")
-    if not state.log.label(request_id, name, value):
-        raise ApiError(503, "the request log is behind", code="log_full", retry_after=1)
