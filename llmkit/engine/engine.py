@@ -5,6 +5,7 @@
 # %% ../../nbs/engine/05_engine.ipynb #cc4b8dea
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -162,6 +163,7 @@ class Parts:
         self.scheduler, self.max_length = Scheduler(runner.slots, room), min(runner.max_length, room)
         self.cache = PrefixCache(prefix_bytes if self.able.prefix_cache else 0)
         self.stats = StepStats()
+        self.loads: Counter[str] = Counter()  # how often each adapter was loaded: another one may have its name
         self.aborted: list[Output] = []  # not yet reported
         self.admitted: list[str] = []  # ids that the latest step gave a slot
 
@@ -210,6 +212,7 @@ def set_adapter(
     runner: Any = engine.runner
     if folder:
         runner.load_adapter(name, folder)
+        engine.loads[name] += 1
     else:
         runner.unload_adapter(name)
 
@@ -219,7 +222,6 @@ def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -
     request = sequence.request
     if not cache.limit:
         return
-    salt = f"{salt}/{request.adapter}"
     sequence.names = sequence.names or list(block_names(request.prompt, salt))
     for block in () if request.params.prompt_logprobs else cache.match(request.prompt, salt):
         runner.write_kv(sequence.slot, block)
@@ -247,7 +249,8 @@ class Engine(Door):
             self.runner.free(slot)
         self.admitted = [s.request.id for s in plan.admitted]
         for sequence in plan.admitted:
-            restore(self.runner, self.cache, self.salt, sequence)
+            adapter = sequence.request.adapter
+            restore(self.runner, self.cache, f"{self.salt}/{adapter}/{self.loads[adapter]}", sequence)
         return plan
 
     def emit(self, batch: Batch, tokens: Many[int]) -> list[Output]:

@@ -16,7 +16,7 @@ from .router import Shadow
 from .state import State
 
 # %% auto #0
-__all__ = ['set_route', 'add_revision', 'drop_revision', 'feedback']
+__all__ = ['set_route', 'add_revision', 'drop_revision', 'set_adapter', 'feedback']
 
 # %% ../../nbs/serving/05h_admin.ipynb #d5c397fc
 def set_route(
@@ -58,6 +58,17 @@ async def drop_revision(state: State, name: str) -> None:
         raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; {what}", "name", "in_use")
     state.router.forget(name)
     await state.revisions.unload(name, state.cfg.drain_s)
+
+# %% ../../nbs/serving/05h_admin.ipynb #e82ea20f
+async def set_adapter(state: State, revision: str, name: str, folder: str) -> list[str]:
+    "Load a LoRA adapter into a revision, or unload it without a folder; the adapters that it then has."
+    if revision not in state.loaded:
+        raise ApiError(404, f"revision {revision!r} is not loaded", "name", "revision_not_found")
+    loop = state.loaded[revision].loop
+    if not folder and name not in loop.adapters:
+        raise ApiError(404, f"revision {revision!r} has no adapter {name!r}", "adapter", "adapter_not_found")
+    await loop.adapter(name, folder)
+    return sorted(loop.adapters)
 
 # %% ../../nbs/serving/05h_admin.ipynb #79c4a461
 def feedback(state: State, request_id: str, name: str, value: float) -> None:

@@ -152,6 +152,12 @@ class Intake(EngineThread):
 class EngineLoop(Intake):
     "Drives one engine from a thread of its own; `submit`, `abort` and `close` are called from the event loop."
 
+    adapters: dict[str, str] = {}  # noqa: RUF012 - for ever empty: see `adapter`
+
+    async def adapter(self, name: str, folder: str) -> None:
+        "ApiError 400: adapters belong to the engine's thread, which takes requests only."
+        raise ApiError(400, f"adapter {name!r}: an engine in this process takes none", "name", "invalid_adapter")
+
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the thread."
         self.closing, until = True, time.monotonic() + seconds

@@ -130,7 +130,8 @@ async def answer(request: HttpRequest, state: State, call: Call, asked: Shared, 
     "The response to a prepared call."
     get: Any = request.headers.get
     read, keep = cache_rules(get("cache-control", ""))
-    key, keep = b"", keep and call.asked is None
+    # a response repeats its request, and an adapter may be replaced by another of its name
+    key, keep = b"", keep and call.asked is None and not call.adapter
     if state.cache is not None and call.revision is not None and keep and repeatable(asked) and len(call.choices) == 1:
         digest = key_of(canonical(asked))
         key = reply_key(call.revision, call.endpoint, digest)

@@ -153,6 +153,7 @@ class Call:
     model: str = ""  # what the client asked for
     asked: object = None  # the body, where the reply repeats it
     session: str = ""
+    adapter: str = ""  # of the revision, that is to answer
     revision: Revision | None = None
     prompts: list[Prompt] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
@@ -181,7 +182,7 @@ async def prepare(call: Call, request: Shared, revision: Revision, size: int) ->
         length = reply_length(request, prompt, revision.max_length)
         for i in range(n):
             params = sampling(request, length, call.style, i, grammar)
-            made = Request(f"{call.id}-{p * n + i}", prompt.ids, params, request.priority or 0)
+            made = Request(f"{call.id}-{p * n + i}", prompt.ids, params, request.priority or 0, call.adapter)
             call.choices.append(new_choice(p * n + i, made, revision.text, stops, reader_of(request)))
 
 # %% ../../nbs/serving/05a_calls.ipynb #b815fe3a

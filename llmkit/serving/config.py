@@ -75,6 +75,8 @@ class EngineSettings(Config):
     kv_gb: Annotated[float, Gt(0)] | None = None  # memory for keys and values; what is free if not given
     queue: Annotated[int, Ge(0)] = 64  # requests that may wait for a slot
     queue_tokens: Annotated[int, Ge(1)] = 65_536  # prompt tokens that may wait
+    embed_delay_s: Annotated[float, Ge(0)] = 0.005  # how long a text to embed may wait for others
+    embed_batch: Annotated[int, Ge(1)] = 32  # texts in a call, at most
     in_process: bool = False  # the engine in a thread of this process: for notebooks and tests
 
 # %% ../../nbs/serving/00_config.ipynb #54cc3115

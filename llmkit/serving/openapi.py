@@ -15,12 +15,13 @@ from msgspec import Struct
 
 import llmkit
 from .chat import ChatRequest
-from .protocol import CompletionRequest, FeedbackRequest, RevisionRequest, RouteRequest
+from .embedding import EmbeddingRequest
+from .protocol import AdapterRequest, CompletionRequest, FeedbackRequest, RevisionRequest, RouteRequest
 from .responses import ResponsesRequest
 from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
-__all__ = ['STREAM', 'MAKES', 'ASKS', 'TABLE', 'AT', 'WHY', 'JSON', 'ErrorDetail', 'ErrorBody', 'Path', 'operation',
+__all__ = ['STREAM', 'MAKES', 'ASKS', 'AT_ADAPTER', 'TABLE', 'AT', 'WHY', 'JSON', 'ErrorDetail', 'ErrorBody', 'Path', 'operation',
            'description']
 
 # %% ../../nbs/serving/05d_openapi.ipynb #b71a68be
@@ -56,10 +57,12 @@ class Path:
 STREAM = ("application/json", "text/event-stream")
 MAKES: tuple[int, ...] = (400, 404, 413, 429, 503, 504)
 ASKS: tuple[int, ...] = (400, 404, 413, 503)
+AT_ADAPTER = "/admin/revisions/{name}/adapters/{adapter}"
 TABLE = [
     Path("POST", "/v1/completions", "continue a prompt", CompletionRequest, media=STREAM, errors=MAKES),
     Path("POST", "/v1/chat/completions", "answer a chat", ChatRequest, media=STREAM, errors=MAKES),
     Path("POST", "/v1/responses", "answer a chat, as a response", ResponsesRequest, media=STREAM, errors=MAKES),
+    Path("POST", "/v1/embeddings", "texts as vectors", EmbeddingRequest, errors=ASKS),
     Path("POST", "/tokenize", "the token ids of a prompt", TokenizeRequest, errors=ASKS),
     Path("POST", "/detokenize", "the text of token ids", DetokenizeRequest, errors=ASKS),
     Path("GET", "/v1/models", "names that may be asked for"),
@@ -77,6 +80,8 @@ TABLE = [
     Path("GET", "/admin/revisions", "what is loaded", key="admin"),
     Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=(400, 409, 413)),
     Path("DELETE", "/admin/revisions/{name}", "unload it", key="admin", errors=(404, 409)),
+    Path("PUT", AT_ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=(400, 404, 409, 413)),
+    Path("DELETE", AT_ADAPTER, "unload it", key="admin", errors=(400, 404, 409)),
 ]
 
 # %% ../../nbs/serving/05d_openapi.ipynb #4fafe0b4

@@ -18,8 +18,8 @@ from ..core.errors import LLMKitError
 # %% auto #0
 __all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
            'StructuredOutputs', 'Shared', 'CompletionRequest', 'FeedbackRequest', 'ShadowRequest', 'RouteRequest',
-           'RevisionRequest', 'fields_at', 'explain', 'decode', 'check_shared', 'check_form', 'stop_strings',
-           'prompts_of', 'sse']
+           'AdapterRequest', 'RevisionRequest', 'fields_at', 'explain', 'decode', 'check_shared', 'check_form',
+           'stop_strings', 'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -155,6 +155,12 @@ class RouteRequest(Struct, forbid_unknown_fields=True):
     shadow: ShadowRequest | msgspec.UnsetType | None = msgspec.UNSET  # not given: as it was; null: no longer
 
 # %% ../../nbs/serving/01_protocol.ipynb #ea0f7d20
+class AdapterRequest(Struct, forbid_unknown_fields=True):
+    "The body of `PUT /admin/revisions/{name}/adapters/{adapter}`: a folder as peft writes it."
+
+    folder: Annotated[str, Meta(min_length=1)]
+
+# %% ../../nbs/serving/01_protocol.ipynb #8e1bd429
 class RevisionRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}`."
 

@@ -140,6 +140,7 @@ class RemoteLoop(Repaired):
         super().__init__(spec, name)
         self.bounds, self.tickets, self.orders = bounds, dict[str, Ticket](), Orders()
         self.asked: dict[str, asyncio.Future] = {}  # adapters that are being loaded or unloaded
+        self.adapters: dict[str, str] = {}  # those that are there, each with its folder
         self.stats: Any = None
 
     def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
@@ -173,10 +174,6 @@ class RemoteLoop(Repaired):
         if self.process is not None:
             self.process.send(orders)
 
-    def totals(self) -> dict[str, float]:
-        "What the engine has counted, by the names of the metrics."
-        return engine_totals(self.stats, self.restarts)
-
 # %% ../../nbs/serving/03b_remote.ipynb #409ae122
 class Delivery(RemoteLoop):
     "Brings outputs to their mailboxes, refusals and failures as `ApiError`s."
@@ -207,6 +204,7 @@ class Delivery(RemoteLoop):
     def died(self) -> None:
         "Tell everybody inside; the memory went with the process."
         self.orders, self.stats = Orders(), None
+        self.adapters = {}  # they went with it, and whoever asks for one is told
         while self.asked:
             self.asked.popitem()[1].set_result(self.failure)
         for request_id in list(self.tickets):
@@ -221,6 +219,10 @@ class Remote(Delivery):
         running = sum(t.started > 0 for t in self.tickets.values())
         return running, len(self.tickets) - running, float(getattr(self.stats, "kv_used", 0.0))
 
+    def totals(self) -> dict[str, float]:
+        "What the engine has counted, by the names of the metrics."
+        return engine_totals(self.stats, self.restarts)
+
     async def adapter(self, name: str, folder: str) -> None:
         "Load a LoRA adapter, or unload it if `folder` is empty; ApiError 400 or 409 with the reason."
         if name in self.asked:
@@ -231,6 +233,8 @@ class Remote(Delivery):
         self.order().adapters.append((name, folder))
         if why := await done:
             raise ApiError(400, why, "name", "invalid_adapter")
+        self.adapters.pop(name, None)
+        self.adapters |= {name: folder} if folder else {}
 
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the process."

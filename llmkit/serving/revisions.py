@@ -40,6 +40,7 @@ class Revision:
     metrics: ModelMetrics
     created: int = field(default_factory=lambda: int(time.time()))
     load_s: float = 0.0
+    embedder: Any = None  # made when the first text is to be embedded
 
     def describe(self) -> dict[str, Any]:
         "What administrators see."

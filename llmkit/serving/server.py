@@ -22,21 +22,24 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 # %% auto #0
-__all__ = ['generate', 'understood', 'tokenize', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes', 'revisions',
-           'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce', 'run_server']
+__all__ = ['generate', 'understood', 'embeddings', 'tokenize', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes',
+           'revisions', 'adapters', 'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce',
+           'run_server']
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
 from ..monitoring.jsonlog import log_as_json
 from .accesslog import front
-from .admin import add_revision, drop_revision, feedback, set_route
+from .admin import add_revision, drop_revision, feedback, set_adapter, set_route
 from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
+from .embedding import EmbeddingRequest, embedded
 from .http import error_response, json_response, read_body, reply_headers
 from .openapi import description
 from llmkit.serving.protocol import (
+    AdapterRequest,
     ApiError,
     CompletionRequest,
     FeedbackRequest,
@@ -74,6 +77,21 @@ def understood(call: Call, body: bytes) -> Shared:
         call.asked = asked = decode(ResponsesRequest, body)
         return chat_of(asked)
     return decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
+
+# %% ../../nbs/serving/06_server.ipynb #ff921d26
+async def embeddings(request: HttpRequest) -> Response:
+    "`POST /v1/embeddings`."
+    state: State = request.app.state.llmkit
+    who = authorise(state, request.headers.get("authorization"))
+    call = new_call(request.url.path)
+    try:
+        enter(state, call, who)
+        asked = decode(EmbeddingRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
+        revision = find(state, call, asked.model, "")
+        return json_response(await embedded(asked, revision, state.cfg), headers=reply_headers(call))
+    except ApiError as e:
+        finish(state, call, e)
+        return error_response(e, reply_headers(call))
 
 # %% ../../nbs/serving/06_server.ipynb #f3171235
 async def tokenize(request: HttpRequest) -> Response:
@@ -162,6 +180,17 @@ async def revisions(request: HttpRequest) -> Response:
         await drop_revision(state, name)
     return json_response({"revisions": [r.describe() for r in state.loaded.values()]})
 
+# %% ../../nbs/serving/06_server.ipynb #a24ea5cd
+async def adapters(request: HttpRequest) -> Response:
+    "`PUT` and `DELETE /admin/revisions/{name}/adapters/{adapter}`."
+    state: State = request.app.state.llmkit
+    authorise(state, request.headers.get("authorization"), admin=True)
+    name, adapter, folder = request.path_params["name"], request.path_params["adapter"], ""
+    if request.method == "PUT":
+        body = await read_body(request, state.cfg.max_body, state.cfg.timeout_s)
+        folder = decode(AdapterRequest, body).folder
+    return json_response({"adapters": await set_adapter(state, name, adapter, folder)}, 201 if folder else 200)
+
 # %% ../../nbs/serving/06_server.ipynb #bfb30b27
 async def on_error(request: HttpRequest, error: Exception) -> Response:
     "Any error as an OpenAI-shaped reply; what is not ours says no more than that."
@@ -179,6 +208,7 @@ def paths() -> list[Route]:
         ("/v1/completions", generate, ["POST"]),
         ("/v1/chat/completions", generate, ["POST"]),
         ("/v1/responses", generate, ["POST"]),
+        ("/v1/embeddings", embeddings, ["POST"]),
         ("/tokenize", tokenize, ["POST"]),
         ("/detokenize", tokenize, ["POST"]),
         ("/v1/models", models, ["GET"]),
@@ -193,6 +223,7 @@ def paths() -> list[Route]:
         ("/admin/routes/{alias}", routes, ["PUT"]),
         ("/admin/revisions", revisions, ["GET"]),
         ("/admin/revisions/{name}", revisions, ["PUT", "DELETE"]),
+        ("/admin/revisions/{name}/adapters/{adapter}", adapters, ["PUT", "DELETE"]),
     ]
     return [Route(path, to, methods=methods) for path, to, methods in table]
 

@@ -146,16 +146,21 @@ def reserve(state: State, call: Call) -> None:
 
 # %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
 def find(state: State, call: Call, model: str, session: str) -> Revision:
-    "The revision behind a name; 404 for an unknown model, 503 while the server is loading or draining."
+    "The revision behind NAME or NAME:ADAPTER; 404 if there is none, 503 while the server is loading or draining."
     call.model, call.session = model, session
     if state.draining or not state.ready:
         why = "the server is shutting down" if state.draining else "the models are still loading"
         raise ApiError(503, why, code="not_ready", retry_after=1)
     try:
+        if model not in state.router.routes and model not in state.loaded:  # NAME:ADAPTER
+            model, _, call.adapter = model.rpartition(":") if ":" in model else (model, "", "")
         _, name = state.router.choose(model, session, state.loaded)
     except UnknownModel as e:
         raise ApiError(404, str(e), "model", "model_not_found") from e
     call.revision = state.loaded[name]
+    if call.adapter and call.adapter not in call.revision.loop.adapters:
+        known = ", ".join(sorted(call.revision.loop.adapters)) or "none"
+        raise ApiError(404, f"{name!r} has no adapter {call.adapter!r} (it has {known})", "model", "model_not_found")
     return call.revision
 
 # %% ../../nbs/serving/05b_state.ipynb #f5625a59
