@@ -141,7 +141,11 @@ def test_tools_are_told_and_calls_come_back_in_the_history(client):
     told = chat(client, tools=[ADD])
     assert told.usage.prompt_tokens > chat(client, tools=[ADD], tool_choice="none").usage.prompt_tokens + 50
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": true}'}}
-    turns = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call_1", "content": "4"}]
+    turns = [
+        *HI,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "4"},
+    ]
     assert chat(client, messages=turns, tools=[ADD], parallel_tool_calls=False).choices[0].message.role == "assistant"
     with pytest.raises(openai.BadRequestError, match="'sub' is not among the tools"):
         chat(client, tools=[ADD], tool_choice={"type": "function", "function": {"name": "sub"}})

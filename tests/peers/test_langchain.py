@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pytest
 from conftest import Served
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from transformers import AutoTokenizer
@@ -38,6 +41,21 @@ class TestProtocol(ChatModelIntegrationTests):
     @property
     def model_override_value(self) -> str:
         return "short"
+
+    @property
+    def supported_usage_metadata_details(self) -> dict[str, list[str]]:
+        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        """The second reply to a prompt that is long enough for the prefix cache."""
+        model, prompt = (
+            self.chat_model_class(**self.chat_model_params | {"max_tokens": 4}),
+            "def merge_header(value):\n" * 20,
+        )
+        model.invoke(prompt)
+        found = reduce(add, model.stream(prompt)) if stream else model.invoke(prompt)
+        assert found.usage_metadata["input_token_details"]["cache_read"] > 0
+        return found
 
     # A model of random weights writes no JSON by itself; `TestForms` leads it there.
     @property
