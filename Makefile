@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_VERSION := 26.0.1
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
 RUN ?= runs/quickstart
 ARGS ?=
 JOBS ?= 2
 COVERAGE ?= 80
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-notebooks test-python coverage check format lab demo bench soak hooks lock clean
+.PHONY: help install quickstart test test-notebooks test-python coverage conformance check format lab demo bench soak hooks lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -52,6 +53,15 @@ test-python:
 coverage:
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report --fail-under=$(COVERAGE)
 
+$(PEERS)/.installed: tests/peers/requirements.txt | $(INSTALLED)
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check pip==$(PIP_VERSION)
+	@$(PEERS)/bin/python -m pip install -qq --disable-pip-version-check -r tests/peers/requirements.txt
+	@touch $@
+
+conformance: $(INSTALLED) $(PEERS)/.installed ## Hold the server to other people's suites: schemathesis, langchain-tests, lm-eval
+	@LLMKIT_PYTHON=$(abspath $(BIN))/python $(PEERS)/bin/python -m pytest tests/peers
+
 check: $(INSTALLED) ## Format, lint, types, and package and README in sync with the notebooks
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -88,6 +98,6 @@ hooks: $(INSTALLED) ## Install git hooks: nbdev's for merging and cleaning noteb
 lock: $(INSTALLED) ## Write requirements.txt from what is installed in .venv
 	@$(BIN)/python tools/lock.py
 
-clean: ## Remove what can be made again; .venv and runs/ stay
+clean: ## Remove what can be made again; .venv, .venv-peers and runs/ stay
 	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache _docs _proc *.egg-info
-	@find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
+	@find . \( -path ./$(VENV) -o -path ./$(PEERS) \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

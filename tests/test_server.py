@@ -283,3 +283,41 @@ def test_it_ends_with_the_process_that_started_it(folder):
     wait_until(gone)
     with pytest.raises(httpx.ConnectError):
         httpx.get(base + "/livez")
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """A LoRA adapter of the model `a`, as peft writes it, that changes what it says."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder["a"])
+    tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(0)
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_adapters_come_and_go(client, admin, adapter):
+    """NAME:ADAPTER answers as its own, beside requests without one; an administrator loads and unloads it."""
+    path = "/admin/revisions/a/adapters/style"
+    with pytest.raises(openai.NotFoundError, match="no adapter 'style'"):
+        complete(client, model="a:style")
+    assert admin.call("PUT", path, {"folder": str(adapter)}) == {"adapters": ["style"]}
+    plain, styled = complete(client), complete(client, model="a:style")
+    assert plain.choices[0].text != styled.choices[0].text
+    with ThreadPoolExecutor(8) as pool:
+        names = ["a", "a:style", "llmkit:style"] * 3
+        mixed = list(pool.map(lambda name: complete(client, model=name).choices[0].text, names))
+    assert mixed == [(plain if name == "a" else styled).choices[0].text for name in names]
+    assert admin.call("DELETE", path) == {"adapters": []}
+    with pytest.raises(openai.NotFoundError):
+        complete(client, model="a:style")
+    with pytest.raises(ServiceError, match="404"):
+        admin.call("DELETE", path)
+    with pytest.raises(ServiceError, match="400.*adapter_config"):
+        admin.call("PUT", path, {"folder": str(adapter.parent)})

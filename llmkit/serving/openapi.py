@@ -21,7 +21,8 @@ from .responses import ResponsesRequest
 from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
-__all__ = ['STREAM', 'MAKES', 'ASKS', 'AT_ADAPTER', 'TABLE', 'AT', 'WHY', 'JSON', 'ErrorDetail', 'ErrorBody', 'Path', 'operation',
+__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'PROBE', 'LABEL',
+           'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape', 'operation',
            'description']
 
 # %% ../../nbs/serving/05d_openapi.ipynb #b71a68be
@@ -52,36 +53,46 @@ class Path:
     status: int = 200
     media: tuple[str, ...] = ("application/json",)
     errors: tuple[int, ...] = ()
+    reply: str = ""  # the fields that a JSON reply always has
+
+# %% ../../nbs/serving/05d_openapi.ipynb #3e036a91
+FIELDS = {"string": "id object model status reason request_id name prompt owned_by variant weights"}
+FIELDS |= {"array": "choices output data tokens revisions", "object": "usage routes shadows"}
+FIELDS |= {"integer": "created created_at count max_model_len"}
+TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 
 # %% ../../nbs/serving/05d_openapi.ipynb #aa93bed2
 STREAM = ("application/json", "text/event-stream")
 MAKES: tuple[int, ...] = (400, 404, 413, 429, 503, 504)
 ASKS: tuple[int, ...] = (400, 404, 413, 503)
-AT_ADAPTER = "/admin/revisions/{name}/adapters/{adapter}"
+TAKES: tuple[int, ...] = (400, 409, 413)
+ADAPTER, VECTORS = "/admin/revisions/{name}/adapters/{adapter}", "object data model usage"
+MADE, SAID = "id object created model choices usage", "id object created_at model status output usage"
+PROBE, LABEL, ROUTES, LOADED = "status reason", "object request_id name", "routes shadows", "name variant weights"
+
+# %% ../../nbs/serving/05d_openapi.ipynb #9e6d78a8
 TABLE = [
-    Path("POST", "/v1/completions", "continue a prompt", CompletionRequest, media=STREAM, errors=MAKES),
-    Path("POST", "/v1/chat/completions", "answer a chat", ChatRequest, media=STREAM, errors=MAKES),
-    Path("POST", "/v1/responses", "answer a chat, as a response", ResponsesRequest, media=STREAM, errors=MAKES),
-    Path("POST", "/v1/embeddings", "texts as vectors", EmbeddingRequest, errors=ASKS),
-    Path("POST", "/tokenize", "the token ids of a prompt", TokenizeRequest, errors=ASKS),
-    Path("POST", "/detokenize", "the text of token ids", DetokenizeRequest, errors=ASKS),
-    Path("GET", "/v1/models", "names that may be asked for"),
-    Path("GET", "/v1/models/{name}", "one of them", errors=(404,)),
-    Path(
-        "POST", "/v1/feedback", "a label for an answered request", FeedbackRequest, status=202, errors=(400, 409, 413)
-    ),
-    Path("GET", "/health", "whether the process works", key="", errors=(503,)),
-    Path("GET", "/livez", "whether the process works", key="", errors=(503,)),
-    Path("GET", "/readyz", "whether requests may be sent", key="", errors=(503,)),
+    Path("POST", "/v1/completions", "continue a prompt", CompletionRequest, media=STREAM, errors=MAKES, reply=MADE),
+    Path("POST", "/v1/chat/completions", "answer a chat", ChatRequest, media=STREAM, errors=MAKES, reply=MADE),
+    Path("POST", "/v1/responses", "answer, as a response", ResponsesRequest, media=STREAM, errors=MAKES, reply=SAID),
+    Path("POST", "/v1/embeddings", "texts as vectors", EmbeddingRequest, errors=MAKES, reply=VECTORS),
+    Path("POST", "/tokenize", "a prompt's token ids", TokenizeRequest, errors=ASKS, reply="count max_model_len tokens"),
+    Path("POST", "/detokenize", "the text of token ids", DetokenizeRequest, errors=ASKS, reply="prompt"),
+    Path("GET", "/v1/models", "names that may be asked for", reply="object data"),
+    Path("GET", "/v1/models/{name}", "one of them", errors=(404,), reply="id object created owned_by"),
+    Path("POST", "/v1/feedback", "a label for a reply", FeedbackRequest, status=202, errors=TAKES, reply=LABEL),
+    Path("GET", "/health", "whether the process works", key="", errors=(503,), reply=PROBE),
+    Path("GET", "/livez", "whether the process works", key="", errors=(503,), reply=PROBE),
+    Path("GET", "/readyz", "whether requests may be sent", key="", errors=(503,), reply=PROBE),
     Path("GET", "/metrics", "numbers for Prometheus", key="", media=("text/plain",)),
     Path("GET", "/openapi.json", "this description", key=""),
-    Path("GET", "/admin/routes", "who answers under which name", key="admin"),
-    Path("PUT", "/admin/routes/{alias}", "change it", RouteRequest, "admin", errors=(400, 413)),
-    Path("GET", "/admin/revisions", "what is loaded", key="admin"),
-    Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=(400, 409, 413)),
-    Path("DELETE", "/admin/revisions/{name}", "unload it", key="admin", errors=(404, 409)),
-    Path("PUT", AT_ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=(400, 404, 409, 413)),
-    Path("DELETE", AT_ADAPTER, "unload it", key="admin", errors=(400, 404, 409)),
+    Path("GET", "/admin/routes", "who answers under which name", key="admin", reply=ROUTES),
+    Path("PUT", "/admin/routes/{alias}", "change it", RouteRequest, "admin", errors=(400, 413), reply=ROUTES),
+    Path("GET", "/admin/revisions", "what is loaded", key="admin", reply="revisions"),
+    Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=TAKES, reply=LOADED),
+    Path("DELETE", "/admin/revisions/{name}", "unload it", key="admin", errors=(404, 409), reply="revisions"),
+    Path("PUT", ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=(*TAKES, 404), reply="adapters"),
+    Path("DELETE", ADAPTER, "unload it", key="admin", errors=(400, 404, 409), reply="adapters"),
 ]
 
 # %% ../../nbs/serving/05d_openapi.ipynb #4fafe0b4
@@ -89,15 +100,22 @@ AT = "#/components/schemas/{name}"
 WHY = {400: "the request is wrong", 401: "no valid key", 403: "not the admin key", 404: "not there", 409: "in the way"}
 WHY |= {413: "the body is too large", 429: "too many requests for this key", 503: "not now", 504: "took too long"}
 
+# %% ../../nbs/serving/05d_openapi.ipynb #85013475
+def shape(fields: str) -> dict[str, Any]:
+    "The schema of an object that has `fields` and may have more."
+    names = fields.split()
+    return {"type": "object", "properties": {n: {"type": TYPES[n]} for n in names}, "required": names}
+
 # %% ../../nbs/serving/05d_openapi.ipynb #5901aa04
 def operation(p: Path) -> dict[str, Any]:
     "A row of the table as an OpenAPI operation."
     name = f"{p.method.lower()}_" + re.sub(r"\W+", "_", p.path).strip("_")
-    good = {"description": p.what, "content": {m: {} if m != "application/json" else JSON for m in p.media}}
+    content = {m: {"schema": shape(p.reply)} if m == "application/json" else {} for m in p.media}
+    good = {"description": p.what, "content": content}
     found: dict[str, Any] = {"operationId": name, "summary": p.what, "responses": {str(p.status): good}}
     keys = (401,) if p.key == "api" else (401, 403) if p.key else ()
     error = {"application/json": {"schema": {"$ref": AT.format(name="ErrorBody")}}}
-    probe = {"application/json": JSON}
+    probe = {"application/json": {"schema": shape(p.reply)}}
     for status in sorted({*p.errors, *keys}):
         found["responses"][str(status)] = {"description": WHY[status], "content": error if p.key else probe}
     given = re.findall(r"\{(\w+)\}", p.path)
@@ -107,9 +125,6 @@ def operation(p: Path) -> dict[str, Any]:
         schema = {"$ref": AT.format(name=p.body.__name__)}
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return found | {"security": [{p.key: []}] if p.key else []}
-
-# %% ../../nbs/serving/05d_openapi.ipynb #b89fde26
-JSON = {"schema": {"type": "object"}}
 
 # %% ../../nbs/serving/05d_openapi.ipynb #fd65a07e
 @cache
