@@ -244,7 +244,7 @@ def pins(path: str = "requirements.txt") -> dict[str, str]:
     """The lock, or another file of pins: version by normalized name."""
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if line and not line.startswith("#")]
-    found = (re.fullmatch(r"([\w.\-]+)(?:\[\w,]+\])?==(\S+)", line) for line in lines)
+    found = (re.fullmatch(r"([\w.\-]+)(?:\[[\w,]+\])?==(\S+)", line) for line in lines)
     return {normal(m[1]): m[2] for m in found if m}
 
 
