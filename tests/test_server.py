@@ -319,5 +319,5 @@ def test_adapters_come_and_go(client, admin, adapter):
         complete(client, model="a:style")
     with pytest.raises(ServiceError, match="404"):
         admin.call("DELETE", path)
-    with pytest.raises(ServiceError, match="400.*adapter_config"):
+    with pytest.raises(ServiceError, match=r"400.*adapter_config"):
         admin.call("PUT", path, {"folder": str(adapter.parent)})
