@@ -195,7 +195,7 @@ def at_rest(server: ServerProcess) -> dict[str, tuple[int, int, int]]:
             assert time.monotonic() < until, admin.revisions()
             time.sleep(0.05)
     process = psutil.Process(server.pid)
-    while [c for c in process.net_connections() if c.status == "ESTABLISHED"]:
+    while [c for c in process.net_connections() if c.status != "LISTEN"]:
         assert time.monotonic() < until, process.net_connections()
         time.sleep(0.05)
     time.sleep(1)  # the log's writer and a process that is just going
@@ -248,11 +248,10 @@ def test_soak(folder, tmp_path):
     assert load.seen["greedy replies compared"] > 20 and load.seen["revisions loaded and unloaded"] > 1
     assert load.seen["parted at a tie"] <= 0.01 * load.seen["greedy replies compared"] and load.seen["preempted"] > 0
     assert sum(counted(metrics, "llmkit:engine_restarts_total")) == 0 and "Traceback" not in text, text[-3000:]
+    pool = (os.cpu_count() or 1) + 4  # threads that asyncio may start beside those it has
     for name, (files, threads, size) in before.items():
-        assert after[name][0] <= files + 2, name
-        assert after[name][1] <= threads + (os.cpu_count() or 1) + 4, (
-            name
-        )  # asyncio's pool, which may not have been full
+        assert after[name][0] <= files, name
+        assert after[name][1] <= threads + (pool if name == "server" else 0), name
         assert after[name][2] <= size + (64 << 20), name
     one_row_each(load, read_requests(log))
 
