@@ -61,9 +61,9 @@ def sensible(case: Any) -> None:
         body |= {"messages": None, "tools": None, "add_generation_prompt": None}
     for message in body.get("messages") or ():
         message |= {"role": "user", "content": message.get("content") or "hi", "tool_calls": None, "tool_call_id": None}
-    for name, value in (("stream", True), ("logprobs", True)):
-        if body.get({"stream": "stream_options", "logprobs": "top_logprobs"}[name]):
-            body[name] = value
+    for option, needed in (("stream_options", "stream"), ("top_logprobs", "logprobs")):
+        if body.get(option):
+            body[needed] = True
     if case.path == "/admin/routes/{alias}":
         body |= {"weights": {"tiny": 0.5, "short": 0.5}, "shadow": None}
     if case.path == "/v1/models/{name}":
