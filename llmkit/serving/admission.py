@@ -153,6 +153,7 @@ class EngineLoop(Intake):
     "Drives one engine from a thread of its own; `submit`, `abort` and `close` are called from the event loop."
 
     adapters: dict[str, str] = {}  # noqa: RUF012 - for ever empty: see `adapter`
+    crashes = 0  # a thread does not crash alone
 
     async def adapter(self, name: str, folder: str) -> None:
         "ApiError 400: adapters belong to the engine's thread, which takes requests only."

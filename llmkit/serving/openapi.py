@@ -57,7 +57,7 @@ class Path:
 
 # %% ../../nbs/serving/05d_openapi.ipynb #3e036a91
 FIELDS = {"string": "id object model status reason request_id name prompt owned_by variant weights"}
-FIELDS |= {"array": "choices output data tokens revisions", "object": "usage routes shadows"}
+FIELDS |= {"array": "choices output data tokens revisions adapters", "object": "usage routes shadows"}
 FIELDS |= {"integer": "created created_at count max_model_len"}
 TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 

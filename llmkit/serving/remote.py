@@ -39,7 +39,7 @@ class RemoteEngine:
     def __init__(self, spec: dict[str, Any], name: str = "engine") -> None:
         self.spec, self.name = spec, name
         self.failure, self.closing, self.restarts, self.beat = "", False, 0, time.monotonic()
-        self.able, self.max_length = Capabilities(""), 0
+        self.able, self.max_length, self.crashes = Capabilities(""), 0, 0
         self.process: EngineProcess | None = None
         self._patience = Patience()
         self._repair: asyncio.Future | None = None
@@ -95,6 +95,7 @@ class SelfRepairing(RemoteEngine):
         process, self.process = self.process, None
         assert process is not None
         process.close(1.0)
+        self.crashes += 1
         self.failure = self.failure or f"its process ended with exit code {process.exit_code()}"
         logging.getLogger(__name__).error("%s failed: %s", self.name, self.failure)
         self.died()

@@ -22,9 +22,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 # %% auto #0
-__all__ = ['generate', 'understood', 'embeddings', 'tokenize', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes',
-           'revisions', 'adapters', 'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce',
-           'run_server']
+__all__ = ['generate', 'understood', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes', 'revisions', 'adapters',
+           'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce', 'run_server']
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
@@ -35,7 +34,6 @@ from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
-from .embedding import EmbeddingRequest, embedded
 from .http import error_response, json_response, read_body, reply_headers
 from .openapi import description
 from llmkit.serving.protocol import (
@@ -49,8 +47,8 @@ from llmkit.serving.protocol import (
     decode,
 )
 from .responses import ResponsesRequest, chat_of, in_words
-from .state import State, authorise, dead, enter, find, finish, measure, route, unready
-from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
+from .state import State, authorise, dead, enter, finish, measure, route, unready
+from .texts import embeddings, tokenize
 
 # %% ../../nbs/serving/06_server.ipynb #5271bea6
 async def generate(request: HttpRequest) -> Response:
@@ -77,35 +75,6 @@ def understood(call: Call, body: bytes) -> Shared:
         call.asked = asked = decode(ResponsesRequest, body)
         return chat_of(asked)
     return decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
-
-# %% ../../nbs/serving/06_server.ipynb #ff921d26
-async def embeddings(request: HttpRequest) -> Response:
-    "`POST /v1/embeddings`."
-    state: State = request.app.state.llmkit
-    who = authorise(state, request.headers.get("authorization"))
-    call = new_call(request.url.path)
-    try:
-        enter(state, call, who)
-        asked = decode(EmbeddingRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-        revision = find(state, call, asked.model, "")
-        return json_response(await embedded(asked, revision, state.cfg), headers=reply_headers(call))
-    except ApiError as e:
-        finish(state, call, e)
-        return error_response(e, reply_headers(call))
-
-# %% ../../nbs/serving/06_server.ipynb #f3171235
-async def tokenize(request: HttpRequest) -> Response:
-    "`POST /tokenize` and `/detokenize`."
-    state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"))
-    body, call = await read_body(request, state.cfg.max_body, state.cfg.timeout_s), new_call(request.url.path)
-    if call.endpoint == "/detokenize":
-        back = decode(DetokenizeRequest, body)
-        return json_response(detokenized(back, find(state, call, back.model, "").text))
-    asked = decode(TokenizeRequest, body)
-    revision = find(state, call, asked.model, "")
-    found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
-    return json_response(found, headers=reply_headers(call))
 
 # %% ../../nbs/serving/06_server.ipynb #3bf7ab54
 async def models(request: HttpRequest) -> Response:

@@ -69,6 +69,7 @@ class State:
         self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
         self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
         self.breakers: WeakKeyDictionary[Revision, Breaker] = WeakKeyDictionary()
+        self.crashes: dict[Revision, int] = {}  # the latest crash of each that its breaker was told of
         self.copies: set[asyncio.Task[None]] = set()  # shadow traffic under way
         self.revisions = Revisions(load, cfg, self.metrics)
         self.log, self.telemetry = RequestLog(cfg.log) if cfg.log else None, telemetry_from(os.environ)
@@ -190,11 +191,12 @@ ENGINE_FAILED = ("engine_failed", "internal_error")
 
 # %% ../../nbs/serving/05b_state.ipynb #5f5476f4
 def heed(state: State, revision: Revision, error: ApiError | None) -> None:
-    "Tell the breaker how a call ended."
-    breaker = breaker_of(state, revision)
+    "Tell the breaker how a call ended; a crash that ended many of them counts once."
+    breaker, crash = breaker_of(state, revision), revision.loop.crashes
     if error is None:
         breaker.succeeded()
-    elif error.code in ENGINE_FAILED or (error.code == "unavailable" and revision.loop.failure):
+    elif error.code in ENGINE_FAILED and (not crash or state.crashes.get(revision) != crash):
+        state.crashes[revision] = crash
         breaker.failed()
 
 # %% ../../nbs/serving/05b_state.ipynb #cfa8539f
