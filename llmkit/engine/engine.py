@@ -99,9 +99,9 @@ def read_piece(runner: Runner, cache: PrefixCache, sequence: Sequence) -> np.nda
     logits = runner.prefill(sequence.slot, ids, every, request.adapter)
     if every:
         score_piece(sequence, logits)
-    block = start // PIECE
-    if len(ids) == PIECE and block < len(sequence.names) and sequence.names[block] not in cache:
-        cache.put(sequence.names[block], runner.read_kv(sequence.slot, start, start + PIECE))
+    for block in range(start // PIECE, min((start + len(ids)) // PIECE, len(sequence.names))):
+        if sequence.names[block] not in cache:
+            cache.put(sequence.names[block], runner.read_kv(sequence.slot, block * PIECE, (block + 1) * PIECE))
     sequence.read += len(ids)
     return logits[-1:]
 
@@ -115,7 +115,9 @@ def run_plan(runner: Runner, cache: PrefixCache, plan: Plan) -> list[Batch]:
             s.read += 1
         batches.append(Batch(plan.decode, logits))
     for s in plan.pieces:
+        plan.tokens -= s.read
         logits = read_piece(runner, cache, s)
+        plan.tokens += s.read
         if s.read == len(s):
             batches.append(Batch([s], logits))
     return batches
@@ -265,9 +267,8 @@ class Engine(Door):
     def count(self, plan: Plan, outputs: list[Output]) -> None:
         "Bring the statistics up to date."
         s, c, made = self.scheduler, self.cache, sum(len(o.tokens) for o in outputs)
-        read = sum(min(PIECE, x.read - x.cached) for x in plan.pieces)
         totals = (s.preemptions, c.queries, c.hits)
-        self.stats = StepStats(len(s.running), len(s.waiting), s.used / s.capacity, read, made, *totals)
+        self.stats = StepStats(len(s.running), len(s.waiting), s.used / s.capacity, plan.tokens, made, *totals)
 
 # %% ../../nbs/engine/05_engine.ipynb #1fff3c5a
 def generate(

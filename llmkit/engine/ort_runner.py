@@ -26,12 +26,13 @@ def open_session(
     path: Path,  # model.onnx
     threads: int,
 ) -> ort.InferenceSession:
-    "A CPU session of `threads` threads that sleep when idle; `ModelError` if the graph is damaged."
+    "A CPU session of `threads` threads that sleep between calls; `ModelError` if the graph is damaged."
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime has an exception class for each status code, without a common base

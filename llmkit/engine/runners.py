@@ -18,8 +18,8 @@ from ..core.errors import ModelError, RunError
 from ..core.run import read_json
 
 # %% auto #0
-__all__ = ['LOGITS_AT', 'MADE_FROM', 'Load', 'SMALL', 'Capabilities', 'Runner', 'MockRunner', 'eos_ids', 'variant_folder',
-           'pick_variant', 'auto_threads', 'load_runner']
+__all__ = ['LOGITS_AT', 'MADE_FROM', 'FORMAT', 'Load', 'SMALL', 'Capabilities', 'Runner', 'MockRunner', 'eos_ids',
+           'variant_folder', 'pick_variant', 'auto_threads', 'load_runner']
 
 # %% ../../nbs/engine/04_runners.ipynb #4d927629
 @dataclass(slots=True, frozen=True)
@@ -121,7 +121,8 @@ def eos_ids(
     return ()
 
 # %% ../../nbs/engine/04_runners.ipynb #d8ee4dcc
-MADE_FROM = "made_from.json"  # in a variant's folder: {"revision": ..., ...}
+MADE_FROM = "made_from.json"  # in a variant's folder: {"revision": ..., "format": ..., ...}
+FORMAT = 2  # of the graphs: since 2 the positions whose logits are wanted are an input
 
 # %% ../../nbs/engine/04_runners.ipynb #b57045d4
 def variant_folder(
@@ -136,10 +137,14 @@ def variant_folder(
             f"{folder} has no variant {name!r} (it has: {', '.join(['torch', *there])})",
             "make it with llmkit.optimization.export, or use variant 'torch'",
         )
-    if (made := read_json(path / MADE_FROM)["revision"]) != (now := revision(folder)):
+    made, now = read_json(path / MADE_FROM), revision(folder)
+    if made["revision"] != now:
         raise ModelError(
-            f"{path} was made from revision {made}, the weights are {now}", "run the optimize_model job again"
+            f"{path} was made from revision {made['revision']}, the weights are {now}",
+            "run the optimize_model job again",
         )
+    if made.get("format") != FORMAT:
+        raise ModelError(f"{path} was made by another version of llmkit", "run the optimize_model job again")
     return path
 
 # %% ../../nbs/engine/04_runners.ipynb #e9b1ab77

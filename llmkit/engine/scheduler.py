@@ -14,7 +14,7 @@ from .prefix import PIECE
 from .request import Request, TokenLogprob
 
 # %% auto #0
-__all__ = ['Sequence', 'Plan', 'pieces_a_step', 'Queue', 'Memory', 'Scheduler']
+__all__ = ['LONGEST', 'Sequence', 'Plan', 'blocks_a_step', 'Queue', 'Memory', 'Scheduler']
 
 # %% ../../nbs/engine/03_scheduler.ipynb #8dd5f2ef
 @dataclass(slots=True, eq=False)
@@ -25,6 +25,7 @@ class Sequence:
     sampler: Any = None  # what its sampling remembers
     slot: int = -1  # -1 while it waits
     read: int = 0  # tokens whose keys and values are in the slot
+    take: int = 1  # blocks to read in the next step
     cached: int = 0  # of those, how many came from the prefix cache at first
     tokens: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of the prompt's whole blocks
@@ -40,8 +41,8 @@ class Sequence:
         return bool(self.tokens) and self.read == len(self) - 1
 
     def piece(self) -> list[int]:
-        "The tokens to be read next: up to the next multiple of `PIECE`, whatever else runs."
-        stop = min(len(self), (self.read // PIECE + 1) * PIECE)
+        "The tokens to be read next: `take` blocks, so that it ends at a multiple of `PIECE` or with the tokens."
+        stop = min(len(self), (self.read // PIECE + self.take) * PIECE)
         prompt = self.request.prompt
         return (prompt if stop <= len(prompt) else prompt + self.tokens)[self.read : stop]
 
@@ -52,16 +53,17 @@ class Plan:
 
     decode: list[Sequence] = field(default_factory=list)
     pieces: list[Sequence] = field(default_factory=list)
+    tokens: int = 0  # that the pieces have
     preempted: list[int] = field(default_factory=list)  # slots
     admitted: list[Sequence] = field(default_factory=list)
 
 # %% ../../nbs/engine/03_scheduler.ipynb #6e034fc7
-def pieces_a_step(
+def blocks_a_step(
     decoding: int,  # sequences that get a token in this step
     reading: int,  # sequences that are being read
-    alone: int = 16,  # pieces if nobody is decoding
+    alone: int = 16,  # blocks if nobody is decoding
 ) -> int:
-    "How many pieces of prompts to read in a step."
+    "How many blocks of prompts to read in a step."
     return alone if not decoding else max(1, reading // 4)
 
 # %% ../../nbs/engine/03_scheduler.ipynb #857b5268
@@ -133,6 +135,9 @@ class Memory(Queue):
             self.running[first.request.id] = self.waiting.pop(first.request.id)
             plan.admitted.append(first)
 
+# %% ../../nbs/engine/03_scheduler.ipynb #61541197
+LONGEST = 8  # blocks in a piece
+
 # %% ../../nbs/engine/03_scheduler.ipynb #5e06d98a
 class Scheduler(Memory):
     "Waiting requests, busy slots, the memory that they share, and what comes next."
@@ -145,5 +150,10 @@ class Scheduler(Memory):
             self.admit(plan)
         plan.decode = [s for s in self.running.values() if s.decoding]
         reading = sorted((s for s in self.running.values() if not s.decoding), key=self.order)
-        plan.pieces = reading[: pieces_a_step(len(plan.decode), len(reading))]
+        blocks = blocks_a_step(len(plan.decode), len(reading))
+        for sequence in reading:
+            sequence.take = min(blocks, LONGEST, -(-(len(sequence) - sequence.read) // PIECE))
+            if sequence.take:
+                plan.pieces.append(sequence)
+            blocks -= sequence.take
         return plan

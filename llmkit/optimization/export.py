@@ -19,7 +19,7 @@ from unittest.mock import patch
 from ..core.card import check_model_folder, revision
 from ..core.errors import ConfigError, ModelError, require
 from ..core.run import read_json, write_json
-from ..engine.runners import LOGITS_AT, MADE_FROM
+from ..engine.runners import FORMAT, LOGITS_AT, MADE_FROM
 
 # %% auto #0
 __all__ = ['Precision', 'BLOCK', 'INT4', 'builder_options', 'builder', 'is_output_layer', 'build_graph', 'choose_positions',
@@ -122,5 +122,5 @@ def export_onnx(
     target = folder / "variants" / precision
     with replacing(target) as fresh:
         build_graph(folder, fresh, precision)
-        write_json(fresh / MADE_FROM, {"revision": revision(folder), "precision": precision})
+        write_json(fresh / MADE_FROM, {"revision": revision(folder), "format": FORMAT, "precision": precision})
     return target

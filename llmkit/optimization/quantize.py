@@ -14,7 +14,7 @@ import numpy as np
 from ..core.card import check_model_folder, revision
 from ..core.errors import ModelError
 from ..core.run import write_json
-from ..engine.runners import MADE_FROM
+from ..engine.runners import FORMAT, MADE_FROM
 from .export import build_graph, replacing
 
 # %% auto #0
@@ -35,7 +35,6 @@ CONSTANTS: dict[str, np.ndarray] = {
     "w8a8.zero": np.array(128, np.uint8),
     "w8a8.weight_zero": np.array(0, np.int8),
     "w8a8.axis": np.array([-1], np.int64),
-    "w8a8.least": np.array(1e-12, np.float32),  # a row of zeros must not be divided by zero
 }
 
 # %% ../../nbs/optimization/02_quantize.ipynb #67853df7
@@ -45,8 +44,7 @@ def quantize_rows(x: str) -> list[Any]:
 
     return [
         make_node("Abs", [x], [f"{x}.abs"]),
-        make_node("ReduceMax", [f"{x}.abs", "w8a8.axis"], [f"{x}.top"], keepdims=1),
-        make_node("Max", [f"{x}.top", "w8a8.least"], [f"{x}.max"]),
+        make_node("ReduceMax", [f"{x}.abs", "w8a8.axis"], [f"{x}.max"], keepdims=1),
         make_node("Div", [x, f"{x}.max"], [f"{x}.unit"]),
         make_node("QuantizeLinear", [f"{x}.unit", "w8a8.scale", "w8a8.zero"], [f"{x}.q"]),
     ]
@@ -105,5 +103,5 @@ def export_w8a8(model_folder: str | Path) -> Path:
         onnx.save_model(model, fresh / "model.onnx", save_as_external_data=True, location="model.onnx.data")
         shutil.copy(fresh / "fp32" / "genai_config.json", fresh)
         shutil.rmtree(fresh / "fp32")
-        write_json(fresh / MADE_FROM, {"revision": revision(folder), "precision": "w8a8"})
+        write_json(fresh / MADE_FROM, {"revision": revision(folder), "format": FORMAT, "precision": "w8a8"})
     return target
