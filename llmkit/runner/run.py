@@ -108,6 +108,7 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
     def handler(number: int, _frame: Any) -> None:
         for s in signals:
             signal.signal(s, signal.SIG_IGN)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell that nobody waited for what is stopped
         stop()
         raise KeyboardInterrupt(signal.Signals(number).name)
 
