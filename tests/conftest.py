@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Processes of a test share two cores; a thread pool in each of them only gets in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started in the background of a script, we would ignore Ctrl-C, and so would every process that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -21,6 +21,10 @@ MAKE = f"""
 from llmkit.core.tiny import tiny_model
 for name, length in {LENGTHS}.items():
     tiny_model(name, max_length=length)
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("tiny")
+get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("adapter")
 """
 KEY, ADMIN_KEY = "a-key-of-a-client", "the-key-of-the-administrator"
 START_S = 180.0

@@ -95,11 +95,23 @@ def test_every_operation_was_seen_to_succeed(description: Any) -> None:
     """Refusals alone would say nothing of what an operation answers."""
     wanted = {o.label for o in (found.ok() for found in description.get_all_operations())}
     done = {name for name, seen in STATUS.items() if seen & {200, 202}}
-    assert wanted - done == {f"{m} /admin/revisions/{{name}}" for m in ("PUT", "DELETE")}  # the next test's
+    assert wanted - done == {f"{m} {path}" for m in ("PUT", "DELETE") for path in (REVISION, ADAPTER)}  # see below
+
+
+REVISION, ADAPTER = "/admin/revisions/{name}", "/admin/revisions/{name}/adapters/{adapter}"
+
+
+def test_an_adapter_comes_and_goes(description: Any, served: Served) -> None:
+    """Loaded, unloaded, and then it is not there."""
+    body = {"folder": str(served.folder.with_name("adapter"))}
+    for method, sent, status in (("PUT", body, 201), ("DELETE", None, 200), ("DELETE", None, 404)):
+        given = {"body": sent, "media_type": "application/json"} if sent else {}
+        case = description[ADAPTER][method].Case(path_parameters={"name": "tiny", "adapter": "style"}, **given)
+        assert case.call_and_validate(headers=bearer(served, ADAPTER), timeout=60).status_code == status
 
 
 def test_a_revision_comes_and_goes(description: Any, served: Served) -> None:
-    path, body = "/admin/revisions/{name}", {"model": str(served.folder), "variant": "torch"}
+    path, body = REVISION, {"model": str(served.folder), "variant": "torch"}
     for method, sent, status in (("PUT", body, 201), ("PUT", body, 409), ("DELETE", None, 200), ("DELETE", None, 404)):
         given = {"body": sent, "media_type": "application/json"} if sent else {}
         case = description[path][method].Case(path_parameters={"name": "third"}, **given)
