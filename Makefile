@@ -9,7 +9,7 @@ PEERS := .venv-peers
 RUN ?= runs/quickstart
 ARGS ?=
 JOBS ?= 2
-COVERAGE ?= 80
+COVERAGE ?= 90
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-notebooks test-python coverage conformance check format lab demo bench soak hooks lock clean
