@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Sequence
@@ -25,8 +24,8 @@ from ..core.errors import MissingError, ServiceError
 from ..serving.process import ServerProcess
 
 # %% auto #0
-__all__ = ['OURS', 'LUA', 'our_server', 'first_token_s', 'long_prompt_gaps', 'serve_help', 'mock_options', 'cpu_s', 'cpu_of_load',
-           'front_end', 'parse_wrk', 'wrk', 'cache_hit', 'cached_replies']
+__all__ = ['OURS', 'LUA', 'our_server', 'first_token_s', 'long_prompt_gaps', 'cpu_s', 'cpu_of_load', 'front_end', 'parse_wrk',
+           'wrk', 'cache_hit', 'cached_replies']
 
 # %% ../../nbs/benchmarks/05a_ours.ipynb #34953ccb
 OURS = Peer(
@@ -75,20 +74,6 @@ def long_prompt_gaps(
         raise ServiceError("the streams had no token in the quiet or while the long prompt was read")
     return quantile(quiet, 0.99), quantile(stalled, 0.99)
 
-# %% ../../nbs/benchmarks/05a_ours.ipynb #f2f45b0d
-def serve_help() -> str:
-    "What `llmkit serve --help` prints, wide."
-    wide = {"COLUMNS": "400", "TERM": "dumb", "NO_COLOR": "1"}
-    return run_command([sys.executable, "-m", "llmkit.cli", "serve", "--help"], 60, wide)
-
-# %% ../../nbs/benchmarks/05a_ours.ipynb #340c0fdf
-def mock_options(text: str) -> dict[str, str]:
-    "The option that makes the server run over the mock engine, from its help; `MissingError` if it has none."
-    for line in text.splitlines():
-        if (found := re.search(r"--(engine|variant)\b", line)) and "mock" in line:
-            return {found[1]: "mock"}
-    raise MissingError("`llmkit serve` offers no mock engine yet", "the cost of the front end is not measured")
-
 # %% ../../nbs/benchmarks/05a_ours.ipynb #42331616
 def cpu_s(pid: int) -> float:
     "Seconds of processor time that a process has used so far, its children left out."
@@ -112,8 +97,8 @@ def front_end(
     folder: Path, texts: Sequence[str], tokens: int, room: int, clients: int, options: dict[str, str] | None = None
 ) -> dict[str, float]:
     "Microseconds of processor time that the server's front end takes for a request and for a streamed token."
-    mock = mock_options(serve_help()) if options is None else options
-    with our_server(folder, mock.get("variant", "auto"), clients, 1, room, engine=mock.get("engine")) as server:
+    given = {"engine": "mock"} if options is None else options
+    with our_server(folder, given.get("variant", "auto"), clients, 1, room, engine=given.get("engine")) as server:
         cpu_of_load(server, [OURS.body(t, 2) for t in texts[:clients]], clients)
         short, _ = cpu_of_load(server, [OURS.body(t, 1) for t in texts], clients)
         long, streamed = cpu_of_load(server, [OURS.body(t, tokens) for t in texts], clients)
@@ -155,9 +140,9 @@ def cache_hit(url: str, body: dict[str, Any]) -> bool:
 # %% ../../nbs/benchmarks/05a_ours.ipynb #da867999
 def cached_replies(folder: Path, variant: str, threads: int, room: int, text: str, tokens: int, seconds: int) -> float:
     "Requests/s that the server answers from its response cache."
-    with our_server(folder, variant, 8, threads, room) as server:
+    with our_server(folder, variant, 8, threads, room, cache_mb=64) as server:
         url, body = f"{server.url}/completions", OURS.body(text, tokens, stream=False)
         body.pop("stream_options")
         if not cache_hit(url, body):
-            raise MissingError("the server's second reply to one request is no cache hit", "it has no response cache")
+            raise ServiceError("the server's second reply to one request is no cache hit")
         return wrk(url, body, seconds)
