@@ -107,8 +107,10 @@ SAME: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "min_tokens",
 SAME += ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 # %% ../../nbs/serving/05a_calls.ipynb #ece78ca2
-def sampling(request: Shared, length: int, style: Style, choice: int, grammar: str = "") -> SamplingParams:
-    "The engine's parameters for one choice; 400 if they contradict each other."
+def sampling(
+    request: Shared, length: int, style: Style, choice: int, grammar: str = "", scored: bool = True
+) -> SamplingParams:
+    "The engine's parameters for one choice; 400 if they contradict each other. `scored` asks how likely the reply was."
     given = {f: v for f in SAME if (v := getattr(request, f)) is not None}
     seed = request.seed if request.seed is None else (request.seed + choice) % 2**63
     k = max(1, style.logprobs or 0)
@@ -117,7 +119,7 @@ def sampling(request: Shared, length: int, style: Style, choice: int, grammar: s
             max_tokens=length,
             seed=seed,
             stop_token_ids=tuple(request.stop_token_ids or ()),
-            logprobs=k if length else 0,
+            logprobs=k if length and (scored or style.logprobs is not None) else 0,
             prompt_logprobs=k if style.echo and (style.logprobs is not None or not length) else 0,
             grammar=grammar,
             **({"temperature": 1.0} | given),
@@ -163,6 +165,7 @@ class Call:
     status: int = 200
     error: str = ""
     keep: bool = True  # whether it goes into the request log
+    scored: bool = True  # whether the log wants its mean log-probability, which costs the engine a pass over the logits
     closed: bool = False
 
 # %% ../../nbs/serving/05a_calls.ipynb #8d89b7e2
@@ -181,7 +184,7 @@ async def prepare(call: Call, request: Shared, revision: Revision, size: int) ->
     for p, prompt in enumerate(call.prompts):
         length = reply_length(request, prompt, revision.max_length)
         for i in range(n):
-            params = sampling(request, length, call.style, i, grammar)
+            params = sampling(request, length, call.style, i, grammar, call.scored)
             made = Request(f"{call.id}-{p * n + i}", prompt.ids, params, request.priority or 0, call.adapter)
             call.choices.append(new_choice(p * n + i, made, revision.text, stops, reader_of(request)))
 

@@ -56,6 +56,7 @@ async def generate(request: HttpRequest) -> Response:
     state: State = request.app.state.llmkit
     who = authorise(state, request.headers.get("authorization"))
     call = new_call(request.url.path)
+    call.scored = state.log is not None
     try:
         enter(state, call, who)
         body = await read_body(request, state.cfg.max_body, state.cfg.timeout_s)
