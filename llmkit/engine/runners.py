@@ -180,6 +180,7 @@ def load_runner(
     max_length: int | None = None,  # tokens a sequence, prompt included; None for the model's limit
     threads: int | None = None,  # None: one for a small model, all cores for others
     load: Load = "throughput",  # what `auto` picks for
+    device: Literal["cpu", "cuda", "auto"] = "cpu",  # of the torch runner
 ) -> Runner:
     "A runner over one variant of a model folder; `ModelError` says what is missing."
     folder = check_model_folder(model_folder)
@@ -193,7 +194,7 @@ def load_runner(
     if name == "torch":
         from llmkit.engine.torch_runner import TorchRunner
 
-        return TorchRunner(folder, slots=slots, max_length=max_length or limit, threads=n)
+        return TorchRunner(folder, slots=slots, max_length=max_length or limit, threads=n, device=device)
     from llmkit.engine.ort_runner import OrtRunner
 
     folders = [variant_folder(folder, part) for part in name.split("+")]

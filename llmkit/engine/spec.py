@@ -29,7 +29,7 @@ class EngineSpec(Config):
     "What an engine is made from."
 
     folder: str  # the model folder
-    engine: Literal["auto", "ort", "torch", "mock"] = "auto"
+    engine: Literal["auto", "ort", "torch", "vllm", "mock"] = "auto"
     variant: str = "auto"  # of the model; as `load_runner` takes it
     load: Load = "throughput"  # what `auto` picks for
     slots: Annotated[int, Interval(ge=1, le=1024)] = 8  # requests that run at once
@@ -80,12 +80,18 @@ def make_runner(spec: EngineSpec) -> Runner:
         limit = spec.max_length or config["max_position_embeddings"]
         return MockRunner(config["vocab_size"], limit, spec.slots)
     variant = "torch" if spec.engine == "torch" else spec.variant
-    return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load)
+    device = "auto" if spec.engine == "torch" else "cpu"  # asked for by name, torch takes the GPU where there is one
+    return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
 # %% ../../nbs/engine/05a_spec.ipynb #b357adf4
-def load_engine(spec: EngineSpec) -> Engine:
-    "An engine over the model in `spec.folder`."
-    folder, runner = check_model_folder(spec.folder), make_runner(spec)
+def load_engine(spec: EngineSpec) -> Any:
+    "An `Engine` over the model in `spec.folder`, or vLLM's with the same face; `MissingError` where vLLM is missing."
+    folder = check_model_folder(spec.folder)
+    if spec.engine == "vllm":
+        from llmkit.engine.vllm_runner import VllmEngine
+
+        return VllmEngine(folder, slots=spec.slots, max_length=spec.max_length)
+    runner = make_runner(spec)
     capacity, prefix = memory_plan(spec, token_bytes(read_json(folder / "config.json")), runner.max_length)
     stops = eos_ids(folder)
     grammar = GrammarCompiler(folder, runner.vocab_size, stops)

@@ -151,6 +151,11 @@ class VllmBase:
         can = {"prefix_cache": False, "adapters": self.with_adapters, "grammar": False}
         return Capabilities("vllm", "vllm", device, **can)
 
+    @property
+    def able(self) -> Capabilities:
+        "The same, under the name that `Engine` has for it."
+        return self.capabilities()
+
 # %% ../../nbs/engine/04d_vllm_runner.ipynb #3eebd2c6
 class VllmHost(VllmBase):
     "A model in vLLM that adapters can be given to."
