@@ -80,7 +80,8 @@ def make_runner(spec: EngineSpec) -> Runner:
         limit = spec.max_length or config["max_position_embeddings"]
         return MockRunner(config["vocab_size"], limit, spec.slots)
     variant = "torch" if spec.engine == "torch" else spec.variant
-    device = "auto" if spec.engine == "torch" else "cpu"  # asked for by name, torch takes the GPU where there is one
+    # Asked for by name, torch takes the GPU where there is one.
+    device: Literal["auto", "cpu"] = "auto" if spec.engine == "torch" else "cpu"
     return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
 # %% ../../nbs/engine/05a_spec.ipynb #b357adf4
