@@ -98,6 +98,23 @@ def test_a_model_with_a_pickle(llmkit: Callable[..., Done], model: Path) -> None
     refused(llmkit("serve", f"m={model}"), "pytorch_model.bin")
 
 
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--variant", "int3"], ["has no variant 'int3'"]),
+        (["--engine", "vllm"], ["vllm is not installed", "pip install vllm"]),
+        (["--engine", "vllm", "--kv-gb", "2"], ["kv_gb = 2.0"]),
+        (["--engine", "ort", "--variant", "torch"], ["variant = 'torch'"]),
+    ],
+    ids=lambda v: " ".join(v) if v and v[0].startswith("--") else "",
+)
+def test_an_engine_that_cannot_be(
+    llmkit: Callable[..., Done], model: Path, options: list[str], parts: list[str]
+) -> None:
+    """The engine's own process fails, and says no more than the sentence."""
+    refused(llmkit("serve", f"m={model}", "--port", "0", *options), *parts)
+
+
 def test_a_port_in_use_names_the_next_free_one(llmkit: Callable[..., Done], model: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

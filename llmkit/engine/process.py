@@ -125,8 +125,11 @@ def main() -> None:
         work(engine, inbox, out)
     except BrokenPipeError:
         return  # nobody listens any more
+    except LLMKitError as e:  # its sentence says all; the other side shows it
+        send(out, Report(error=str(e)))
+        sys.exit(1)
     except Exception as e:  # whatever broke, the other side must hear of it before this process is gone
-        send(out, Report(error=str(e) if isinstance(e, LLMKitError) else f"{type(e).__name__}: {e}"))
+        send(out, Report(error=f"{type(e).__name__}: {e}"))
         raise
 
 # %% ../../nbs/engine/05b_process.ipynb #7d3dbfd0

@@ -44,6 +44,9 @@ class EngineSpec(Config):
             self.fail("variant", "must be 'torch' with engine 'torch'")
         if self.engine == "ort" and self.variant == "torch":
             self.fail("variant", "must be an exported one with engine 'ort'")
+        for name in ("variant", "threads", "kv_gb") if self.engine == "vllm" else ():
+            if getattr(self, name) not in (None, "auto"):
+                self.fail(name, "cannot be set with engine 'vllm', which decides it itself")
 
 # %% ../../nbs/engine/05a_spec.ipynb #c2ca4de0
 def token_bytes(
