@@ -21,16 +21,9 @@ def make_variant(folder: Path, name: str) -> None:
     "Export a variant of a model folder, unless it is there."
     if (folder / "variants" / name / "made_from.json").exists():
         return
-    if name == "w8a8":
-        try:
-            from llmkit.optimization.quantize import export_w8a8
-        except ImportError as e:
-            raise ModelError(f"this llmkit cannot make w8a8 ({e})", "use int4") from e
-        export_w8a8(folder)
-    else:
-        from llmkit.optimization.export import export_onnx
+    from llmkit.optimization.export import export_onnx
 
-        export_onnx(folder, name)  # type: ignore[arg-type]
+    export_onnx(folder, name)  # type: ignore[arg-type]
 
 # %% ../../nbs/benchmarks/04_bare.ipynb #9be2034f
 def make_variants(folder: Path, names: Sequence[str]) -> dict[str, str]:
