@@ -5,6 +5,7 @@
 # %% ../../nbs/benchmarks/04_bare.ipynb #0d597ee6
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -12,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import LLMKitError, ModelError
+from ..engine.runners import variant_folder
 
 # %% auto #0
 __all__ = ['make_variant', 'make_variants', 'usable', 'time_runner', 'bench_variant', 'time_engine', 'bench_engine']
 
 # %% ../../nbs/benchmarks/04_bare.ipynb #b4bc9afe
 def make_variant(folder: Path, name: str) -> None:
-    "Export a variant of a model folder, unless it is there."
-    if (folder / "variants" / name / "made_from.json").exists():
-        return
+    "Export a variant of a model folder, unless it is there and of this version."
     from llmkit.optimization.export import export_onnx
 
+    with contextlib.suppress(ModelError):
+        variant_folder(folder, name)
+        return
     export_onnx(folder, name)  # type: ignore[arg-type]
 
 # %% ../../nbs/benchmarks/04_bare.ipynb #9be2034f
