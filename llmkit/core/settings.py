@@ -64,7 +64,9 @@ def to_yaml(
     import yaml
     from fastcore.docments import docments
 
-    notes = {name: str(note or "") for name, note in docments(type(cfg)).items()}
+    notes: dict[str, Any] = {}
+    for cls in reversed(type(cfg).__mro__[: -len(Config.__mro__)]):
+        notes |= {name: note for name, note in docments(cls).items() if note}
     lines = [f"# {title}"] if title else []
     for name, value in cfg.to_dict().items():
         line = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, default_flow_style=False, width=10**6)

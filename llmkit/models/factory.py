@@ -185,15 +185,20 @@ def load_weights(folder: Path, dtype: torch.dtype | str = torch.float32) -> Any:
 
     found = class_of(folder)
     how = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     try:
         with quiet():
-            model, told = found.from_pretrained(folder, dtype=dtype, output_loading_info=True, **how)
+            model, told = found.from_pretrained(folder, dtype=dtype, **how)
     except (SafetensorError, OSError, RuntimeError, ValueError) as e:
         about = str(e).strip().split("\n")[0]
         raise ModelError(f"the weights in {folder} cannot be read ({about})", "copy or save the model again") from e
     if missing := sorted(told["missing_keys"]):
         what = f"{folder} lacks {len(missing)} of the weights that its config.json asks for, for example {missing[0]}"
         raise ModelError(what, "copy or save the model again")
+    if other := sorted(told["mismatched_keys"]):
+        name, there, asked = other[0]
+        what = f"{folder} holds {name} of shape {list(there)}, its config.json asks for {list(asked)}"
+        raise ModelError(what, "copy config.json and the weights from the same place")
     return model
 
 # %% ../../nbs/models/01_factory.ipynb #a36e6d6e
