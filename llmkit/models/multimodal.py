@@ -23,8 +23,9 @@ from ..data.prompts import BINS, LOCATION, TASKS, Example, location, read_prompt
 from .factory import quiet, save_model
 
 # %% auto #0
-__all__ = ['SPECIAL_WORDS', 'PIECES', 'VisionShape', 'bare_tokenizer', 'vision_tokenizer', 'vision_processor', 'vision_config',
-           'build_vision', 'pad', 'pixels', 'collate', 'vision_loss', 'answer', 'save_vision', 'load_vision']
+__all__ = ['SPECIAL_WORDS', 'PIECES', 'WHITE', 'VisionShape', 'bare_tokenizer', 'vision_tokenizer', 'vision_processor',
+           'vision_config', 'build_vision', 'pad', 'pixels', 'collate', 'vision_loss', 'answer', 'save_vision',
+           'load_vision']
 
 # %% ../../nbs/models/03_multimodal.ipynb #a412b62d
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class VisionShape(Config):
     decoder_layers: Annotated[int, Ge(1)] = 1
     head_size: Annotated[int, Ge(8)] = 16  # of every attention
     positions: Annotated[int, Ge(32)] = 128  # tokens of picture and prompt together; also of an answer
-    init_std: Annotated[float, Gt(0)] = 0.05  # of the text model's weights
+    init_std: Annotated[float, Gt(0)] = 0.1  # of the first weights; about 1 / sqrt(width), and Florence-2 is wide
 
     def validate(self) -> None:
         "Stages must fit the picture, heads the widths."
@@ -105,16 +106,17 @@ def vision_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=bare, **names, extra_special_tokens=image, model_max_length=BINS)
 
 # %% ../../nbs/models/03_multimodal.ipynb #56927965
+WHITE = 4.0  # what a white pixel becomes
+
+
 def vision_processor(tokenizer: Any, shape: VisionShape) -> Any:
-    "transformers' Florence-2 processor: pixels from -1 to 1, no resizing, and the four tasks' answers to be parsed."
+    "transformers' Florence-2 processor: no resizing, black is 0, and the four tasks' answers are parsed."
     from transformers import Florence2Processor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = {"height": shape.size, "width": shape.size}
-    half = [0.5, 0.5, 0.5]
-    images = CLIPImageProcessorPil(
-        do_resize=False, do_center_crop=False, size=side, crop_size=side, image_mean=half, image_std=half
-    )
+    as_is = {"do_resize": False, "do_center_crop": False, "size": side, "crop_size": side}
+    images = CLIPImageProcessorPil(**as_is, image_mean=[0.0] * 3, image_std=[1 / WHITE] * 3)
     images.image_seq_length = shape.image_tokens
     parsed: dict[str, dict[str, Any]] = {"pure_text": {}, "description_with_bboxes": {}}
     return Florence2Processor(images, tokenizer, post_processor_config=parsed)
@@ -130,6 +132,7 @@ def vision_config(shape: VisionShape, tokenizer: Any) -> Any:
     image |= {"patch_size": [5] + [3] * (n - 1), "patch_padding": [2] + [1] * (n - 1), "mlp_ratio": 2.0}
     image |= {"patch_prenorm": [False] + [True] * (n - 1), "num_heads": heads, "num_groups": heads}
     image |= {"window_size": grid, "drop_path_rate": 0.0, "projection_dim": shape.hidden_size}
+    image |= {"initializer_range": shape.init_std}
     image |= {"max_temporal_embeddings": 1, "max_position_embeddings": grid}
     sides = [("encoder", shape.encoder_layers), ("decoder", shape.decoder_layers)]
     text: dict[str, Any] = {"model_type": "bart", "d_model": shape.hidden_size, "vocab_size": len(tokenizer)}
@@ -153,6 +156,9 @@ def build_vision(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Florence2ForConditionalGeneration(vision_config(shape, tokenizer))
+        places = model.model.multi_modal_projector.image_position_embed
+        for table in (places.row_embeddings, places.column_embeddings):
+            torch.nn.init.normal_(table.weight)  # as loud as what the encoder sees there
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     for name, value in (ids | {"forced_eos_token_id": None}).items():
         setattr(model.generation_config, name, value)
@@ -169,9 +175,9 @@ def pad(
 
 # %% ../../nbs/models/03_multimodal.ipynb #f16e0ed5
 def pixels(pictures: Sequence[Picture]) -> torch.Tensor:
-    "Images as the model sees them: [n, 3, height, width], from -1 to 1."
+    "Images as the model sees them: [n, 3, height, width], from 0 to `WHITE`."
     stacked = np.stack([p.image for p in pictures]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(stacked)).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(stacked)).float() * (WHITE / 255)
 
 # %% ../../nbs/models/03_multimodal.ipynb #31d4d216
 def collate(
