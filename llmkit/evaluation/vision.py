@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..core.card import ModelCard
 from ..core.errors import DataError
-from ..data.images import Picture
-from ..data.prompts import TASKS, Example, example, read_objects
-from ..models.multimodal import answer
+from ..core.run import write_json
+from ..data.images import Picture, composites
+from ..data.prompts import TASKS, Example, box_tokens, example, read_objects
+from ..models.multimodal import answer, load_vision
+from ..training.vision import TrainedVision, VisionJob, own_pictures, train_vision
 
 Box = tuple[int, int, int, int]
 
 # %% auto #0
 __all__ = ['Box', 'exact', 'edits', 'character_error', 'iou', 'pair', 'detection', 'blind', 'questions', 'score', 'ask',
-           'evaluate_vision', 'draw', 'plot_predictions']
+           'evaluate_vision', 'draw', 'plot_predictions', 'save_png', 'record', 'measure_vision', 'as_table']
 
 # %% ../../nbs/evaluation/02c_vision.ipynb #4d683145
 def exact(answers: Sequence[str], truths: Sequence[str]) -> float:
@@ -72,7 +76,8 @@ def pair(
     for value, i, j in sorted(pairs, key=lambda p: (-p[0], p[1], p[2])):
         if value > 0 and i not in taken[0] and j not in taken[1]:
             out.append((i, j, value))
-            taken[0].add(i), taken[1].add(j)
+            taken[0].add(i)
+            taken[1].add(j)
     return out
 
 # %% ../../nbs/evaluation/02c_vision.ipynb #7e70fc34
@@ -94,8 +99,6 @@ def detection(
 # %% ../../nbs/evaluation/02c_vision.ipynb #147d3868
 def blind(train: Sequence[Picture]) -> dict[str, str]:
     "For each task the best answer that does not depend on the picture, as far as the training pictures tell."
-    from llmkit.data.prompts import box_tokens
-
     regions = [r for p in train for r in p.regions]
     size = train[0].image.shape[0]
     wide, high = (int(np.median([r.box[i + 2] - r.box[i] for r in regions])) for i in (0, 1))
@@ -170,9 +173,10 @@ def draw(axis: Any, picture: Picture, objects: list[tuple[str, Box]], title: str
     good = {i for i, _, value in pair(objects, truth) if value >= 0.5}
     axis.imshow(picture.image, interpolation="nearest")
     for i, (label, (x0, y0, x1, y1)) in enumerate(objects):
-        style = {"edgecolor": "#2dd" if i in good else "#f4f", "linestyle": "-" if i in good else "--"}
-        axis.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=1, **style))
-        axis.text(x0, y0 - 1, label, color=style["edgecolor"], fontsize=6, verticalalignment="bottom", clip_on=True)
+        colour, line = ("#2dd", "-") if i in good else ("#f4f", "--")
+        corner = (x0 - 0.5, y0 - 0.5)
+        axis.add_patch(Rectangle(corner, x1 - x0, y1 - y0, fill=False, linewidth=1, edgecolor=colour, linestyle=line))
+        axis.text(x0, y0 - 1, label, color=colour, fontsize=6, verticalalignment="bottom", clip_on=True)
     axis.set_title(title, fontsize=6.5, loc="left", linespacing=1.1)
     axis.axis("off")
 
@@ -198,3 +202,56 @@ def plot_predictions(
         title = "\n".join([words[0].replace(" and ", " and\n", 1) if len(words[0]) > 34 else words[0], *words[1:]])
         draw(axis, picture, read_objects(said["<OD>"][i], picture.image.shape[0])[0], title)
     return figure
+
+# %% ../../nbs/evaluation/02c_vision.ipynb #41bf7ec2
+def save_png(figure: Any, path: Path) -> Path:
+    "Write a matplotlib figure as a PNG of 128 colours, a third of the usual size."
+    from io import BytesIO
+
+    from PIL import Image
+
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=100, format="png")
+    Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+# %% ../../nbs/evaluation/02c_vision.ipynb #85899820
+def record(
+    job: VisionJob,
+    trained: TrainedVision,
+    rows: list[dict[str, Any]],  # of `evaluate_vision`
+    held: int,  # pictures that were asked about
+) -> dict[str, Any]:
+    "The numbers of a run as JSON; they go into the model's card as well."
+    import torch
+
+    card = ModelCard.load(trained.folder)
+    card.metrics |= {row["measure"]: row["model"] for row in rows}
+    card.save(trained.folder)
+    facts = {"parameters": trained.parameters, "seconds": round(trained.seconds), "threads": torch.get_num_threads()}
+    every = max(1, len(trained.losses) // 40)
+    means = [float(np.mean(trained.losses[i : i + every])) for i in range(0, len(trained.losses), every)]
+    return facts | {"held": held, "rows": rows, "losses": [round(m, 3) for m in means], "job": job.to_dict()}
+
+# %% ../../nbs/evaluation/02c_vision.ipynb #21c36a3d
+def measure_vision(
+    job: VisionJob,
+    out: str | Path,
+    held: int = 300,  # pictures of scans that no training picture has
+    shown: int = 8,  # of them in the picture
+) -> dict[str, Any]:
+    "Train, ask about held-out composites, and write `vision.json` and `vision.png` to `out`."
+    out, trained = Path(out), train_vision(job, out)
+    model, processor = load_vision(trained.folder)
+    pictures = composites("test", held, job.seed)
+    numbers = record(job, trained, evaluate_vision(model, processor, pictures, own_pictures(job)), held)
+    few = questions(pictures[:shown])
+    save_png(plot_predictions(ask(model, processor, few), few), out / "vision.png")
+    write_json(out / "vision.json", numbers)
+    return numbers
+
+# %% ../../nbs/evaluation/02c_vision.ipynb #d6d795f3
+def as_table(rows: list[dict[str, Any]]) -> str:
+    "The rows of `evaluate_vision` as a Markdown table."
+    lines = [f"| {r['measure'].replace('_', ' ')} | {r['model']:.3f} | {r['blind']:.3f} |" for r in rows]
+    return "\n".join(["| measure | model | without looking |", "|---|---|---|", *lines])

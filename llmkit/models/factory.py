@@ -101,6 +101,8 @@ def write_weights(model: Any, folder: Path) -> None:
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # tied ones appear once
+    kept = {name for name, _ in model.named_buffers()}  # those that belong to the state; others are made anew
+    weights |= {name: b.contiguous() for name, b in model.state_dict().items() if name in kept}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 # %% ../../nbs/models/01_factory.ipynb #2590aa2e

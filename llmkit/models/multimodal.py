@@ -115,8 +115,8 @@ def vision_processor(tokenizer: Any, shape: VisionShape) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     side = {"height": shape.size, "width": shape.size}
-    as_is = {"do_resize": False, "do_center_crop": False, "size": side, "crop_size": side}
-    images = CLIPImageProcessorPil(**as_is, image_mean=[0.0] * 3, image_std=[1 / WHITE] * 3)
+    as_is: dict[str, Any] = {"do_resize": False, "do_center_crop": False, "size": side, "crop_size": side}
+    images: Any = CLIPImageProcessorPil(**as_is, image_mean=[0.0] * 3, image_std=[1 / WHITE] * 3)
     images.image_seq_length = shape.image_tokens
     parsed: dict[str, dict[str, Any]] = {"pure_text": {}, "description_with_bboxes": {}}
     return Florence2Processor(images, tokenizer, post_processor_config=parsed)
