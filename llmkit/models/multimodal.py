@@ -200,9 +200,10 @@ def collate(
 def vision_loss(
     model: Any,
     batch: dict[str, torch.Tensor],  # of `collate`
+    seen: torch.Tensor | None = None,  # the image tokens, where they are known already
 ) -> torch.Tensor:
     "Mean cross entropy (nats a token) of the answers; each image is encoded once for all its questions."
-    seen = model.get_image_features(batch["pixel_values"]).pooler_output
+    seen = model.get_image_features(batch["pixel_values"]).pooler_output if seen is None else seen
     words = model.get_input_embeddings()(batch["input_ids"])
     seen = seen.repeat_interleave(len(words) // len(seen), dim=0).to(words.dtype)
     whole = torch.cat([seen, words[:, seen.shape[1] :]], dim=1)

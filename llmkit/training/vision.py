@@ -18,6 +18,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Interval
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..core.card import ModelCard
 from ..core.errors import DataError, ModelError, RunError
@@ -37,8 +38,8 @@ from llmkit.models.multimodal import (
 from .optim import arithmetic, make_optimizers, resolve_precision, set_rate, wsd
 
 # %% auto #0
-__all__ = ['EASY', 'VisionJob', 'batch_at', 'own_pictures', 'job_key', 'save_progress', 'load_progress', 'one_step', 'steps_from',
-           'TrainedVision', 'train_vision']
+__all__ = ['EASY', 'VisionJob', 'present', 'batch_at', 'labels_of', 'own_pictures', 'job_key', 'save_progress', 'load_progress',
+           'Looking', 'one_step', 'rate', 'steps_from', 'TrainedVision', 'train_vision']
 
 # %% ../../nbs/training/11_vision.ipynb #d249d18e
 @dataclass(kw_only=True)
@@ -47,10 +48,11 @@ class VisionJob(VisionShape):
 
     data: str = ""  # a folder of pictures as `data.images` writes it; empty makes composites of digits
     train_pictures: Annotated[int, Ge(8)] = 200  # how many composites are made
-    steps: Annotated[int, Ge(1)] = 40
+    look: Annotated[int, Ge(0)] = 10  # steps of looking alone, before those that write
+    steps: Annotated[int, Ge(1)] = 30  # of writing
     pictures: Annotated[int, Ge(1)] = 4  # in a step; each is asked all four tasks
-    lr: Annotated[float, Gt(0)] = 0.02  # Muon's, for the hidden matrices
-    table_lr: Annotated[float, Gt(0)] = 4e-3  # AdamW's, for everything else
+    lr: Annotated[float, Gt(0)] = 0.01  # Muon's, for the hidden matrices
+    table_lr: Annotated[float, Gt(0)] = 2e-3  # AdamW's, for everything else
     warmup: Annotated[int, Ge(0)] = 5  # steps
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.5  # share of the steps in which the rates fall to zero
     ease: Annotated[float, Interval(ge=0, le=1)] = 0.4  # share of the steps after which all pictures take part
@@ -67,11 +69,21 @@ class VisionJob(VisionShape):
     def digits(cls, **over: Any) -> Self:
         "Some minutes on two cores; what it learns is measured in evaluation/02c_vision."
         shape = VisionShape.digits().to_dict()
-        return cls(**(shape | {"train_pictures": 20_000, "steps": 2000, "pictures": 16, "warmup": 100} | over))
+        return cls(
+            **(shape | {"train_pictures": 20_000, "look": 1000, "steps": 1500, "pictures": 16, "warmup": 50} | over)
+        )
 
     def shape(self) -> VisionShape:
         "The model's part of the settings."
         return VisionShape(**{f.name: getattr(self, f.name) for f in fields(VisionShape)})
+
+# %% ../../nbs/training/11_vision.ipynb #81422a79
+def present(pictures: list[Picture], labels: dict[str, int]) -> torch.Tensor:
+    "1 where a label is in a picture, 0 where it is not: [pictures, labels]."
+    marks = torch.zeros(len(pictures), len(labels))
+    for i, picture in enumerate(pictures):
+        marks[i, [labels[r.label] for r in picture.regions]] = 1
+    return marks
 
 # %% ../../nbs/training/11_vision.ipynb #d9f6efd8
 EASY = 0.2  # share of the pictures, those with the fewest regions, that the first steps take
@@ -82,14 +94,20 @@ def batch_at(
     job: VisionJob,
     pictures: list[Picture],  # those with few regions first
     tokenizer: Any,
+    labels: dict[str, int],  # of regions, by number
 ) -> dict[str, torch.Tensor]:
     "The batch of a step: random pictures, each with all tasks, about a random region where a task needs one."
     rng = np.random.default_rng([job.seed, step])
-    share = (step + 1) / max(1.0, job.ease * job.steps)
+    share = (step + 1) / max(1.0, job.ease * (job.look + job.steps))
     known = math.ceil(len(pictures) * min(1.0, max(EASY, share)))
     chosen = [pictures[i] for i in rng.integers(known, size=job.pictures)]
     groups = [[example(p, task, int(rng.integers(len(p.regions)))) for task in TASKS] for p in chosen]
-    return collate(groups, tokenizer, job.image_tokens)
+    return collate(groups, tokenizer, job.image_tokens) | {"present": present(chosen, labels)}
+
+# %% ../../nbs/training/11_vision.ipynb #9c0b2db1
+def labels_of(pictures: list[Picture]) -> dict[str, int]:
+    "All labels that regions have, numbered in alphabetical order."
+    return {label: i for i, label in enumerate(sorted({r.label for p in pictures for r in p.regions}))}
 
 # %% ../../nbs/training/11_vision.ipynb #dda6ee0f
 def own_pictures(job: VisionJob) -> list[Picture]:
@@ -142,25 +160,59 @@ def load_progress(path: Path, key: str, model: Any, optimizers: list[Any]) -> li
         optimizer.load_state_dict(saved)
     return state["losses"]
 
+# %% ../../nbs/training/11_vision.ipynb #c98bf6c4
+class Looking(torch.nn.Module):
+    "A model and the head that names what its image tokens see; the head stays behind when the model is saved."
+
+    def __init__(
+        self,
+        model: Any,
+        labels: int,  # how many there are
+    ) -> None:
+        super().__init__()
+        self.model = model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(labels)
+            self.head = torch.nn.Linear(model.config.text_config.d_model, labels)
+
+    def forward(
+        self,
+        batch: dict[str, torch.Tensor],  # of `batch_at`
+        write: bool = True,  # whether the answers count too
+    ) -> torch.Tensor:
+        "Loss of looking (nats a picture, over all labels), plus that of writing (nats a token)."
+        seen = self.model.get_image_features(batch["pixel_values"]).pooler_output
+        loudest = self.head(seen[:, 1:]).amax(1).float()  # the first token is the mean of the others
+        loss = binary_cross_entropy_with_logits(loudest, batch["present"], reduction="sum") / len(loudest)
+        return loss + vision_loss(self.model, batch, seen) if write else loss
+
 # %% ../../nbs/training/11_vision.ipynb #a58c9cf1
 def one_step(
-    model: Any,
+    learner: Looking,
     optimizers: list[torch.optim.Optimizer],
     batch: dict[str, torch.Tensor],
     clip: float,  # norm of the gradient, at most
+    write: bool = True,  # whether answers are taught too
     precision: str = "fp32",
 ) -> float:
-    "Loss, gradient, update; the loss (nats a token)."
+    "Loss, gradient, update; the loss."
     with arithmetic(precision):
-        loss = vision_loss(model, batch)
+        loss = learner(batch, write)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(learner.parameters(), clip)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 # %% ../../nbs/training/11_vision.ipynb #7cdde89a
+def rate(step: int, job: VisionJob) -> float:
+    "Factor on the learning rates: looking and writing each rise and fall."
+    if step < job.look:
+        return wsd(step, job.look, job.warmup, job.decay)
+    return wsd(step - job.look, job.steps, job.warmup, job.decay)
+
+# %% ../../nbs/training/11_vision.ipynb #54c934cd
 def steps_from(
     job: VisionJob,
     model: Any,
@@ -169,17 +221,19 @@ def steps_from(
     checkpoint: Path,
 ) -> Iterator[list[float]]:
     "Train from the last checkpoint to the end; the losses so far, at once where there are some and after every step."
-    optimizers, precision = make_optimizers(model, job.lr, job.table_lr), resolve_precision()
-    key = job_key(job, pictures)
-    if losses := load_progress(checkpoint, key, model, optimizers):
+    labels, precision, total = labels_of(pictures), resolve_precision(), job.look + job.steps
+    learner = Looking(model, len(labels))
+    optimizers, key = make_optimizers(learner, job.lr, job.table_lr), job_key(job, pictures)
+    if losses := load_progress(checkpoint, key, learner, optimizers):
         yield losses
-    for step in range(len(losses), job.steps):
-        set_rate(optimizers, wsd(step, job.steps, job.warmup, job.decay))
-        losses.append(one_step(model, optimizers, batch_at(step, job, pictures, tokenizer), job.clip, precision))
+    for step in range(len(losses), total):
+        set_rate(optimizers, rate(step, job))
+        batch = batch_at(step, job, pictures, tokenizer, labels)
+        losses.append(one_step(learner, optimizers, batch, job.clip, step >= job.look, precision))
         if not math.isfinite(losses[-1]):
             raise RunError(f"the loss is {losses[-1]} at step {step}", "lower lr; the last checkpoint is whole")
-        if job.checkpoint_every and ((step + 1) % job.checkpoint_every == 0 or step + 1 == job.steps):
-            save_progress(checkpoint, key, model, optimizers, losses)
+        if job.checkpoint_every and ((step + 1) % job.checkpoint_every == 0 or step + 1 == total):
+            save_progress(checkpoint, key, learner, optimizers, losses)
         yield losses
 
 # %% ../../nbs/training/11_vision.ipynb #5c4e98bc
@@ -188,7 +242,7 @@ class TrainedVision:
     "What a training run leaves."
 
     folder: Path  # the model
-    losses: list[float]  # nats a token, of every step
+    losses: list[float]  # of every step: of looking, then of looking and writing
     seconds: float  # of this process; a resumed run counts only its own
     parameters: int
 
@@ -202,7 +256,7 @@ def train_vision(
     pictures = own_pictures(job)
     answers = [example(p, t, i).target for p in pictures for t in TASKS for i in range(len(p.regions))]
     tokenizer = vision_tokenizer(answers, job.size)
-    model, progress = build_vision(job.shape(), tokenizer, job.seed), Progress("vision step", job.steps)
+    model, progress = build_vision(job.shape(), tokenizer, job.seed), Progress("vision step", job.look + job.steps)
     losses: list[float] = []
     for losses in steps_from(job, model, tokenizer, pictures, out / "checkpoint" / "checkpoint.pt"):
         progress.update(len(losses), loss=losses[-1])
