@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 import torch
 from annotated_types import Ge, Gt, Interval
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import cross_entropy
 
 from ..core.card import ModelCard
 from ..core.errors import DataError, ModelError, RunError
@@ -79,11 +79,11 @@ class VisionJob(VisionShape):
 
 # %% ../../nbs/training/11_vision.ipynb #81422a79
 def present(pictures: list[Picture], labels: dict[str, int]) -> torch.Tensor:
-    "1 where a label is in a picture, 0 where it is not: [pictures, labels]."
+    "Shares of the labels that are in each picture, alike for each of them: [pictures, labels]."
     marks = torch.zeros(len(pictures), len(labels))
     for i, picture in enumerate(pictures):
         marks[i, [labels[r.label] for r in picture.regions]] = 1
-    return marks
+    return marks / marks.sum(1, keepdim=True)
 
 # %% ../../nbs/training/11_vision.ipynb #d9f6efd8
 EASY = 0.2  # share of the pictures, those with the fewest regions, that the first steps take
@@ -180,10 +180,10 @@ class Looking(torch.nn.Module):
         batch: dict[str, torch.Tensor],  # of `batch_at`
         write: bool = True,  # whether the answers count too
     ) -> torch.Tensor:
-        "Loss of looking (nats a picture, over all labels), plus that of writing (nats a token)."
+        "Cross entropy of looking (nats a picture), plus that of writing (nats a token)."
         seen = self.model.get_image_features(batch["pixel_values"]).pooler_output
         loudest = self.head(seen[:, 1:]).amax(1).float()  # the first token is the mean of the others
-        loss = binary_cross_entropy_with_logits(loudest, batch["present"], reduction="sum") / len(loudest)
+        loss = cross_entropy(loudest, batch["present"])
         return loss + vision_loss(self.model, batch, seen) if write else loss
 
 # %% ../../nbs/training/11_vision.ipynb #a58c9cf1
