@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Interval
 
 from ..core.config import Config
+from ..models.presets import find_shape
 
 # %% auto #0
-__all__ = ['QUICKSTART', 'Shape', 'Pretraining', 'TrainJob']
+__all__ = ['SHAPE', 'QUICKSTART', 'Shape', 'Pretraining', 'TrainJob']
+
+# %% ../../nbs/training/00_job.ipynb #fdf986cd
+SHAPE = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
 
 # %% ../../nbs/training/00_job.ipynb #d48b4b9c
 @dataclass(kw_only=True)
@@ -24,18 +28,26 @@ class Shape(Config):
     data: str = ""  # folder of prepared data; empty makes a tiny one
     base: str = ""  # model folder to start from; empty starts from scratch with the shape below
     seed: int = 0
-    arch: Literal["llama", "qwen3"] = "qwen3"
-    hidden_size: Annotated[int, Ge(8)] = 32
-    layers: Annotated[int, Ge(1)] = 2
-    heads: Annotated[int, Ge(1)] = 2
-    kv_heads: Annotated[int, Ge(1)] = 2
-    intermediate_size: Annotated[int, Ge(8)] = 64
-    max_length: Annotated[int, Ge(8)] = 512  # positions the model can have
+    model: str = "tiny"  # preset (125M, 1B, 7B, tiny-moe, 8x7B, ...) or a YAML file of ModelConfig; its fields follow
+    arch: str | None = None  # None, here and below, is what `model` says
+    hidden_size: Annotated[int | None, Ge(8)] = None
+    layers: Annotated[int | None, Ge(1)] = None
+    heads: Annotated[int | None, Ge(1)] = None
+    kv_heads: Annotated[int | None, Ge(1)] = None
+    intermediate_size: Annotated[int | None, Ge(8)] = None
+    max_length: Annotated[int | None, Ge(8)] = None  # positions the model can have
+
+    def validate(self) -> None:
+        "The shape must be one, and a model that is there already has its own."
+        self.shape()
+        for name in ("model", *SHAPE) if self.base else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                self.fail(name, "must be left out, for the shape is that of base")
 
     def shape(self) -> dict[str, Any]:
-        "The model's shape, as fields of `llmkit.models.factory.ModelConfig`."
-        names = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
-        return {n: getattr(self, n) for n in names}
+        "The model's shape, as fields of `llmkit.models.config.ModelConfig`; the vocabulary comes from the data."
+        given = {n: getattr(self, n) for n in SHAPE if getattr(self, n) is not None}
+        return {n: v for n, v in find_shape(self.model, **given).to_dict().items() if n != "vocab_size"}
 
 # %% ../../nbs/training/00_job.ipynb #9209ed82
 @dataclass(kw_only=True)
