@@ -20,6 +20,7 @@ __all__ = ['COMMANDS', 'REWRITES', 'overview', 'Stopped', 'shielded', 'subcomman
 COMMANDS = {
     "quickstart": ("llmkit.cli.quickstart:quickstart", "Run the whole line on this machine, from text to a rollout."),
     "run": ("llmkit.cli.commands:run", "Run one job notebook, its parameters checked first."),
+    "plan": ("llmkit.cli.plan:plan_command", "Say what a training run on GPUs will take, before it is paid for."),
     "serve": ("llmkit.cli.serve:serve", "Serve models through an OpenAI-compatible API."),
     "demo": ("llmkit.demos.chat:chat", "Open a chat in the browser over a served model."),
     "doctor": ("llmkit.cli.commands:doctor", "Show which engines, accelerators, extras and services are here."),
