@@ -1,6 +1,7 @@
 """The official client with strict validation of what it reads, over every endpoint and option."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -192,6 +193,27 @@ def test_forms(client):
         assert fine(complete(client, extra_body={"structured_outputs": outputs}, **kw).choices[0].text)
     asked = {"text": {"format": {"type": "json_schema", "name": "flag", "schema": Flag.model_json_schema()}}}
     assert Flag.model_validate_json(respond(client, temperature=1, max_output_tokens=60, **asked).output_text)
+
+
+WILD = {"type": "object", "properties": {f"x{i}": {"type": "integer"} for i in range(700)}}  # more than can be followed
+
+
+def test_a_form_that_is_given_up_is_an_error_of_its_request_alone(client, loose):
+    outputs, said = {"structured_outputs": {"json": WILD}}, "the grammar cannot be followed any further: Parser Error"
+    neighbour = {"prompt": TEXTS[1][:20], "max_tokens": 60}
+    want = complete(client, **neighbour).choices[0].text
+    text = {"format": {"type": "json_schema", "name": "x", "schema": WILD}}
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(complete, client, **neighbour)
+        for ask in (complete, chat):
+            with pytest.raises(openai.BadRequestError, match=said) as e:
+                ask(client, max_tokens=30, extra_body=outputs)
+            assert e.value.code == "invalid_grammar"
+            with pytest.raises(openai.APIError, match=said):  # in the middle of a stream, which has its 200 already
+                list(ask(loose, max_tokens=30, extra_body=outputs, stream=True))
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.responses.create(model="a", input="hi", text=text)
+        assert going.result().choices[0].text == want
 
 
 def test_responses(client):

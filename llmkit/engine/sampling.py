@@ -157,6 +157,7 @@ class Memory:
         self.rng = np.random.default_rng(params.seed)
         self.penalties = Penalties(params, prompt) if has_penalties(params) else None
         self.ends = np.array(sorted({*eos_ids, *params.stop_token_ids}), np.int64)
+        self.failure = ""  # why there can be no further token
 
     @property
     def edits(self) -> bool:
@@ -185,6 +186,8 @@ class Sampler(Memory):
             self.penalties.apply(row)
         if self.constraint:
             row[~self.constraint.mask()] = -np.inf
+            if why := self.constraint.error:
+                self.failure = f"the grammar cannot be followed any further: {why}"
         if self.generated < self.params.min_tokens:
             ends = self.ends[self.ends < len(row)]
             before, row[ends] = row[ends], -np.inf
@@ -204,7 +207,7 @@ def choose(
     logits: np.ndarray,  # [B, V]
     samplers: Sequence[Sampler],  # B of them; told of the tokens by the caller, through `accept`
 ) -> list[int]:
-    "The next token of each row, which depends on its own row and sampler alone; `ModelError` for NaN or infinity."
+    "The next token of each row, by its own row and sampler alone; of no meaning where the sampler has a `failure`."
     logits = np.ascontiguousarray(logits, np.float32)  # no copy of what runners return
     tokens = greedy(logits) if len(samplers) else []
     for i, sampler in enumerate(samplers):
@@ -213,8 +216,8 @@ def choose(
             row = sampler.edit(row)
             tokens[i] = int(row.argmax())
             if row[tokens[i]] == -np.inf:
-                raise ModelError("no token is left to choose from", "the model rules out all that the request allows")
-        if hot:
+                sampler.failure = "no token is left to choose from: the model rules out all that the request allows"
+        if hot and not sampler.failure:
             tokens[i] = draw(row, float(row[tokens[i]]), sampler.params, sampler.rng.random())
     return tokens
 

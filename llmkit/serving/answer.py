@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 import llmkit
 from .cache import Known, Reply, canonical, key_of, repeatable
-from .calls import Call, row_of, run
+from .calls import Call, run
 from .http import reply_headers, streamed, whole, with_client
 from .protocol import DONE, ApiError, Shared, sse
 from .revisions import Revision
+from .rows import row_of
 from .shadow import cast
 from .state import State, finish, reserve
 

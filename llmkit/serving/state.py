@@ -21,17 +21,18 @@ from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
 from .breaker import Breaker
 from .cache import Reply, ReplyCache
-from .calls import Call, count, row_of
+from .calls import Call
 from .config import ServeConfig
 from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
 from .router import Router, UnknownModel
+from .rows import count, row_again, row_of
 from .shared import RedisCache, connect
 
 # %% auto #0
 __all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'authorise', 'charge', 'enter',
-           'reserve', 'find', 'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell',
-           'dead', 'unready', 'measure']
+           'reserve', 'find', 'route', 'breaker_of', 'check_breaker', 'heed', 'settle', 'finish', 'tell', 'dead',
+           'unready', 'measure']
 
 # %% ../../nbs/serving/05b_state.ipynb #597877d5
 @dataclass(slots=True)
@@ -198,16 +199,6 @@ def heed(state: State, revision: Revision, error: ApiError | None) -> None:
     elif error.code in ENGINE_FAILED and (not crash or state.crashes.get(revision) != crash):
         state.crashes[revision] = crash
         breaker.failed()
-
-# %% ../../nbs/serving/05b_state.ipynb #cfa8539f
-def row_again(call: Call, reply: Reply) -> RequestRow:
-    "The row of a call whose reply came from the cache."
-    revision = call.revision.name if call.revision else ""
-    took = time.perf_counter() - call.began
-    counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
-    texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
-    where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
-    return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
 
 # %% ../../nbs/serving/05b_state.ipynb #a74b3104
 def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> None:
