@@ -138,6 +138,6 @@ async def answer(request: HttpRequest, state: State, call: Call, asked: Shared, 
         key = reply_key(call.revision, call.endpoint, digest)
         first = first_key(call.endpoint, get("authorization", ""), get("x-session-id", ""), body)
         if not asked.stream:
-            state.cache.learn(first, Known(call.model, call.session, digest, call.keep))
+            state.cache.learn(first, Known(call.model, call.session, digest, call.aside))
     way = as_stream if asked.stream else in_one_piece
     return await way(request, state, call, asked, key, read)

@@ -17,7 +17,7 @@ from ..engine.request import Output, Request, SamplingParams
 from .admission import Ticket
 from .chat import ChatRequest, check_chat, forced
 from .forms import grammar_of, several
-from .protocol import ApiError, CompletionRequest, Shared, check_shared, prompts_of, stop_strings
+from .protocol import ApiError, Aside, CompletionRequest, Shared, check_shared, prompts_of, stop_strings
 from .replies import Choice, Style, new_choice
 from .revisions import Revision
 from .text import Text, render_middle
@@ -159,7 +159,7 @@ class Call:
     first_s: float = 0.0  # arrival to the first token
     status: int = 200
     error: str = ""
-    keep: bool = True  # whether it goes into the request log
+    aside: Aside = field(default_factory=Aside)  # what the client said that cannot change the reply
     scored: bool = True  # whether the log wants its mean log-probability, which costs the engine a pass over the logits
     closed: bool = False
 
@@ -173,7 +173,7 @@ def new_call(endpoint: str) -> Call:
 async def prepare(call: Call, request: Shared, revision: Revision, size: int) -> None:
     "Render `request` for `revision` and make its choices; ApiError 400 if it cannot be done."
     check(request, revision.text)
-    call.revision, call.style, call.keep = revision, style_of(request), request.store is not False
+    call.revision, call.style = revision, style_of(request)
     call.prompts, grammar = await render_aside(request, revision.text, size)
     n, stops = request.n or 1, stop_strings(request)
     for p, prompt in enumerate(call.prompts):

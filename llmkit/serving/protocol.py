@@ -16,10 +16,10 @@ from ..core.config import nearest
 from ..core.errors import LLMKitError
 
 # %% auto #0
-__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
-           'StructuredOutputs', 'Shared', 'CompletionRequest', 'FeedbackRequest', 'ShadowRequest', 'RouteRequest',
-           'AdapterRequest', 'RevisionRequest', 'fields_at', 'explain', 'decode', 'check_shared', 'check_form',
-           'stop_strings', 'prompts_of', 'sse']
+__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'MetaKey', 'MetaText', 'Metadata', 'T', 'DONE', 'ApiError',
+           'StreamOptions', 'JsonSchema', 'ResponseFormat', 'StructuredOutputs', 'Shared', 'Aside', 'aside_of',
+           'CompletionRequest', 'FeedbackRequest', 'ShadowRequest', 'RouteRequest', 'AdapterRequest', 'RevisionRequest',
+           'fields_at', 'explain', 'decode', 'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -56,6 +56,8 @@ Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+MetaKey, MetaText = Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[MetaKey, MetaText], Meta(max_length=16)]
 
 # %% ../../nbs/serving/01_protocol.ipynb #d3969f22
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -106,7 +108,7 @@ class Shared(Struct, forbid_unknown_fields=True, kw_only=True):
     logit_bias: dict[int, Bias] | None = None  # JSON's keys are strings, of token ids
     response_format: ResponseFormat | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -121,6 +123,19 @@ class Shared(Struct, forbid_unknown_fields=True, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     return_token_ids: bool | None = None
+
+# %% ../../nbs/serving/01_protocol.ipynb #d6aab6bf
+class Aside(Struct, frozen=True):
+    "What a request says that cannot change its reply."
+
+    user: str = ""
+    metadata: dict[str, str] | None = None
+    store: bool | None = None  # whether to keep it; None: the client did not say
+
+
+def aside_of(request: Shared) -> Aside:
+    "What `request` says aside."
+    return Aside(request.user or request.safety_identifier or "", request.metadata, request.store)
 
 # %% ../../nbs/serving/01_protocol.ipynb #bf7afded
 class CompletionRequest(Shared, forbid_unknown_fields=True, kw_only=True):

@@ -20,11 +20,11 @@ from llmkit.serving.chat import (
     Tool,
     ToolCall,
 )
-from .protocol import ApiError, JsonSchema, ResponseFormat, Share
+from .protocol import ApiError, JsonSchema, Metadata, ResponseFormat, Share
 
 # %% auto #0
-__all__ = ['NAMES', 'ItemPart', 'Item', 'FlatTool', 'FlatChoice', 'TextFormat', 'TextConfig', 'ResponsesRequest', 'refuse_memory',
-           'text_of', 'need', 'messages_of', 'format_of', 'chat_of', 'in_words']
+__all__ = ['SAME', 'NAMES', 'ItemPart', 'Item', 'FlatTool', 'FlatChoice', 'TextFormat', 'TextConfig', 'ResponsesRequest',
+           'refuse_memory', 'text_of', 'need', 'messages_of', 'format_of', 'chat_of', 'in_words']
 
 # %% ../../nbs/serving/02e_responses.ipynb #595ca8fd
 class ItemPart(Struct, forbid_unknown_fields=True):
@@ -103,7 +103,7 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     background: bool | None = None  # only false
     truncation: Literal["disabled"] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -162,6 +162,9 @@ def format_of(asked: ResponsesRequest) -> ResponseFormat | None:
         raise ApiError(400, "text.format needs name and schema with type 'json_schema'", "text.format", "missing_field")
     return ResponseFormat("json_schema", JsonSchema(form.name, form.schema, form.strict, form.description))
 
+# %% ../../nbs/serving/02e_responses.ipynb #1aa6866e
+SAME = ("temperature", "top_p", "parallel_tool_calls", "stream", "user", "safety_identifier", "metadata", "store")
+
 # %% ../../nbs/serving/02e_responses.ipynb #57697154
 def chat_of(asked: ResponsesRequest) -> ChatRequest:
     "The chat that a request for a response stands for; 400 for what cannot be done."
@@ -175,7 +178,7 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
         response_format=format_of(asked),
         tools=tools or None,
         tool_choice=NamedTool("function", FunctionName(choice.name)) if isinstance(choice, FlatChoice) else choice,
-        **{f: getattr(asked, f) for f in ("temperature", "top_p", "parallel_tool_calls", "stream", "user", "store")},
+        **{f: getattr(asked, f) for f in SAME},
     )
 
 # %% ../../nbs/serving/02e_responses.ipynb #38cce75c

@@ -5,6 +5,7 @@
 # %% ../../nbs/serving/05a_rows.ipynb #c4874090
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from .cache import Reply
 from .calls import Call
 
 # %% auto #0
-__all__ = ['mean_logprob', 'reply_text', 'row_of', 'row_again', 'count']
+__all__ = ['mean_logprob', 'reply_text', 'asides', 'row_of', 'row_again', 'count']
 
 # %% ../../nbs/serving/05a_rows.ipynb #93d7d0b4
 def mean_logprob(call: Call) -> float | None:
@@ -30,6 +31,13 @@ def mean_logprob(call: Call) -> float | None:
 def reply_text(call: Call) -> str:
     "The first choice's text."
     return call.choices[0].text if call.choices else ""
+
+# %% ../../nbs/serving/05a_rows.ipynb #8563ea34
+def asides(call: Call, keep_text: bool) -> dict[str, Any]:
+    "The columns for what the client said aside."
+    said = {mask(k).text: mask(v).text for k, v in (call.aside.metadata or {}).items()} if keep_text else {}
+    store = None if call.aside.store is None else int(call.aside.store)
+    return {"user": call.aside.user, "metadata": json.dumps(said, ensure_ascii=False) if said else "", "store": store}
 
 # %% ../../nbs/serving/05a_rows.ipynb #7fc9d7af
 def row_of(call: Call, keep_text: bool) -> RequestRow:
@@ -52,18 +60,19 @@ def row_of(call: Call, keep_text: bool) -> RequestRow:
         latency_s=time.perf_counter() - call.began,
         finish=finish or ("abort" if call.choices else ""),
         **where,
+        **asides(call, keep_text),
         mean_logprob=mean_logprob(call),
     )
 
 # %% ../../nbs/serving/05a_rows.ipynb #8a05115c
-def row_again(call: Call, reply: Reply) -> RequestRow:
+def row_again(call: Call, reply: Reply, keep_text: bool) -> RequestRow:
     "The row of a call whose reply came from the cache."
     revision = call.revision.name if call.revision else ""
     took = time.perf_counter() - call.began
     counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
     texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
     where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
-    return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
+    return RequestRow(*where, *counts, reply.finish, *texts, source="cache", **asides(call, keep_text))
 
 # %% ../../nbs/serving/05a_rows.ipynb #3aacd54a
 def count(call: Call, row: RequestRow) -> None:

@@ -44,6 +44,7 @@ from llmkit.serving.protocol import (
     RevisionRequest,
     RouteRequest,
     Shared,
+    aside_of,
     decode,
 )
 from .responses import ResponsesRequest, chat_of, in_words
@@ -73,9 +74,11 @@ async def generate(request: HttpRequest) -> Response:
 def understood(call: Call, body: bytes) -> Shared:
     "The request in `body`, of the kind that the call's endpoint takes."
     if call.endpoint == "/v1/responses":
-        call.asked = asked = decode(ResponsesRequest, body)
-        return chat_of(asked)
-    return decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
+        call.asked = decode(ResponsesRequest, body)
+    kind = ChatRequest if "chat" in call.endpoint else CompletionRequest
+    asked = chat_of(call.asked) if isinstance(call.asked, ResponsesRequest) else decode(kind, body)
+    call.aside = aside_of(asked)
+    return asked
 
 # %% ../../nbs/serving/06_server.ipynb #3bf7ab54
 async def models(request: HttpRequest) -> Response:

@@ -223,7 +223,8 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    row, visit = row_again(call, reply) if reply else row_of(call, state.cfg.log_text), state.inside.pop(call, None)
+    text, visit = state.cfg.log_text, state.inside.pop(call, None)
+    row = row_again(call, reply, text) if reply else row_of(call, text)
     if visit is not None and visit.source:
         row.source = visit.source
     if call.revision is not None and reply is None:
@@ -239,7 +240,7 @@ def tell(state: State, call: Call, row: RequestRow) -> None:
         note(status=row.status, revision=row.revision or None, source=row.source or None, **tokens)
     if state.telemetry:
         state.telemetry.record(row)
-    if state.log and call.keep:
+    if state.log and call.aside.store is not False:
         state.log.add(row)
 
 # %% ../../nbs/serving/05b_state.ipynb #af97b334
