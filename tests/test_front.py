@@ -13,6 +13,7 @@ import pytest
 
 from llmkit.core.tiny import tiny_model
 from llmkit.monitoring.requestlog import read_requests
+from llmkit.serving.client import AdminClient
 from llmkit.serving.process import ServerProcess
 
 
@@ -145,8 +146,10 @@ def test_a_shadow_gets_copies_and_nobody_hears_it(server):
     wait_until(lambda: len(rows(server, source="shadow", revision="b")) == 3)
     assert admin.delete("/admin/revisions/b").status_code == 409
     assert admin.put("/admin/routes/llmkit", json={"weights": {"a": 1.0}}).json()["shadows"]
-    body["shadow"] = None
-    assert admin.put("/admin/routes/llmkit", json=body).json()["shadows"] == {}
+    with AdminClient(server.base, server.admin_key) as typed:
+        assert typed.shadow("llmkit", None) == {} == typed.shadows()
+        assert typed.shadow("llmkit", "b", 0.5) == {"llmkit": {"revision": "b", "share": 0.5}}
+        assert typed.shadow("llmkit", None) == {}
     for wrong in ({"revision": "c"}, {"revision": "b", "share": 2}, {"revision": "b", "part": 1}):
         assert admin.put("/admin/routes/llmkit", json=body | {"shadow": wrong}).status_code == 400
     complete(client(server), "s9", "llmkit")

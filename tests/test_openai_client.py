@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseIncompleteEvent
 from pydantic import BaseModel, ConfigDict
 
-from llmkit.core.tiny import TEXTS, tiny_model
+from llmkit.core.tiny import TEXTS, tiny_model, tiny_tokenizer
 from llmkit.serving.process import ServerProcess
 
 HI = [{"role": "user", "content": "hi"}]
@@ -174,6 +174,29 @@ def test_forced_calls(client, choice, stream):
     assert (made.finish_reason, made.message.content) == ("tool_calls", None)
     (call,) = made.message.tool_calls
     assert call.function.name == "add" and isinstance(json.loads(call.function.arguments)["a"], bool)
+
+
+@pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
+def test_forced_calls_that_are_cut_off(client, choice):
+    "What is there of the arguments, never as text; the same in a stream."
+    blank = {str(i): -100 for t, i in tiny_tokenizer().get_vocab().items() if {"\u0120", "\u010a"} & set(t)}
+    kw = {"tools": [ADD], "tool_choice": choice, "temperature": 1, "seed": 1, "logit_bias": blank}
+    full = chat(client, **kw, max_tokens=100).choices[0].message.tool_calls[0].function.arguments
+    seen = set()
+    for n in range(1, 40):
+        made = chat(client, **kw, max_tokens=n).choices[0]
+        calls = [c.function for c in made.message.tool_calls or ()]
+        chunks = [c.choices[0] for c in chat(client, **kw, max_tokens=n, stream=True)]
+        deltas = [d.function for c in chunks for d in c.delta.tool_calls or ()]
+        streamed = "".join(d.arguments or "" for d in deltas if d)
+        assert (made.message.content or "", "".join(c.delta.content or "" for c in chunks)) == ("", "")
+        assert chunks[-1].finish_reason == made.finish_reason
+        if made.finish_reason != "length":
+            break
+        assert streamed == "".join(c.arguments for c in calls) and full.startswith(streamed)
+        assert [d.name for d in deltas if d.name] == [c.name for c in calls] == ["add"] * len(calls)
+        seen.add(streamed)
+    assert {"", "{"} <= seen and len(seen) > 2
 
 
 class Flag(BaseModel):

@@ -16,8 +16,7 @@ from .request import SamplingParams, TokenLogprob
 
 # %% auto #0
 __all__ = ['BLOCK', 'SHORT', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw',
-           'sample', 'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs',
-           'prompt_logprobs']
+           'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs']
 
 # %% ../../nbs/engine/01_sampling.ipynb #49d84c73
 def greedy(
@@ -126,19 +125,6 @@ def draw(
     place = invert(weights[: count_kept(weights, params, total)], uniform)
     larger = len(values) - int(np.searchsorted(values[::-1], values[place], side="right"))
     return int(np.flatnonzero(row == values[place])[place - larger])
-
-# %% ../../nbs/engine/01_sampling.ipynb #8636b083
-def sample(
-    logits: np.ndarray,  # [B, V]
-    params: Sequence[SamplingParams],  # B of them
-    uniforms: np.ndarray,  # [B], one number from each request's own stream; unused in greedy rows
-) -> np.ndarray:
-    "Choose one token id a row, [B], by temperature and filters alone. Raises `ModelError` for NaN or infinity."
-    tokens = greedy(logits) if len(params) else []
-    for i, one in enumerate(params):
-        if one.temperature > 0:
-            tokens[i] = draw(logits[i], float(logits[i, tokens[i]]), one, float(uniforms[i]))
-    return np.array(tokens, np.int64)
 
 # %% ../../nbs/engine/01_sampling.ipynb #c2e0ef8b
 class Memory:
@@ -254,12 +240,3 @@ def token_logprobs(
     top = (logits[rows, best] - norm).tolist()
     triples = zip(tokens, own, best.tolist(), top, strict=True)
     return [TokenLogprob(int(t), lp, list(zip(ids, lps, strict=True))) for t, lp, ids, lps in triples]
-
-# %% ../../nbs/engine/01_sampling.ipynb #971c76a6
-def prompt_logprobs(
-    logits: np.ndarray,  # [n, V]
-    prompt: Sequence[int],  # n token ids
-    k: int,
-) -> list[TokenLogprob | None]:
-    "The log probability of every prompt token given those before it; `None` for the first."
-    return [None, *token_logprobs(logits[:-1], prompt[1:], k)]

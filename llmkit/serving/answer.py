@@ -107,7 +107,10 @@ async def in_one_piece(
 async def as_stream(request: HttpRequest, state: State, call: Call, asked: Shared, key: bytes, read: bool) -> Response:
     "The reply as a stream; an empty `key` keeps the cache out of it."
     cache, usage_too = state.cache if key else None, bool(asked.stream_options and asked.stream_options.include_usage)
-    if cache is not None and read and (found := await cache.find(key)) is not None:
+    found = await cache.find(key) if cache is not None and read else None
+    if cache is not None and read and found is None and key in cache.flights:
+        found = await with_client(request, cache.flights.wait(key), state.cfg.timeout_s)
+    if found is not None:
         return given_again(state, call, found, usage_too)
 
     def done(call: Call, error: ApiError | None) -> None:

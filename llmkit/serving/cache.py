@@ -26,7 +26,14 @@ def repeatable(asked: Shared) -> bool:
     return (asked.temperature == 0 or asked.seed is not None) and (asked.n or 1) == 1
 
 # %% ../../nbs/serving/04_cache.ipynb #df22770b
-ASIDE = ("user", "metadata", "store", "stream", "stream_options", "priority")  # what cannot change a reply
+ASIDE: tuple[str, ...] = (
+    "user",
+    "metadata",
+    "store",
+    "stream",
+    "stream_options",
+    "priority",
+)  # what cannot change a reply
 ASIDE += ("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier")
 
 # %% ../../nbs/serving/04_cache.ipynb #fc520c30

@@ -136,7 +136,9 @@ def reader_of(request: Shared) -> CallReader | None:
     "What looks for calls in a reply; None if there are no tools."
     if not isinstance(request, ChatRequest) or not (tools := offered(request)):
         return None
-    return CallReader({t.function.name for t in tools}, tagged=not forced(request), many=several(request))
+    must = forced(request)
+    names = {f.name for f in must or (t.function for t in tools)}
+    return CallReader(names, tagged=not must, many=several(request))
 
 # %% ../../nbs/serving/05a_calls.ipynb #a54d2978
 @dataclass(eq=False)
@@ -163,10 +165,16 @@ class Call:
     scored: bool = True  # whether the log wants its mean log-probability, which costs the engine a pass over the logits
     closed: bool = False
 
+    @property
+    def generates(self) -> bool:
+        "Whether the engine has a part in it."
+        return "embeddings" not in self.endpoint
+
 # %% ../../nbs/serving/05a_calls.ipynb #8d89b7e2
 def new_call(endpoint: str) -> Call:
     "A call with a fresh id: the `id` of its reply, its `x-request-id`, and its row in the log."
-    kind = "resp_" if "responses" in endpoint else "chatcmpl-" if "chat" in endpoint else "cmpl-"
+    kinds = {"responses": "resp_", "chat": "chatcmpl-", "embeddings": "embd-"}
+    kind = next((k for word, k in kinds.items() if word in endpoint), "cmpl-")
     return Call(f"{kind}{secrets.token_hex(12)}", endpoint)
 
 # %% ../../nbs/serving/05a_calls.ipynb #634f97b4

@@ -74,6 +74,21 @@ class AdminClient(AdminConnection):
         "Point `alias` at `weights` (they sum to 1) from the next request on."
         return self.call("PUT", f"/admin/routes/{alias}", {"weights": dict(weights)})["routes"][alias]
 
+    def shadows(self) -> dict[str, dict[str, Any]]:
+        "Alias -> the revision that gets copies of its requests, and of which share."
+        return self.call("GET", "/admin/routes")["shadows"]
+
+    def shadow(
+        self,
+        alias: str,
+        revision: str | None,  # None ends it
+        share: float = 1.0,
+    ) -> dict[str, dict[str, Any]]:
+        "Copy a share of an alias' requests to `revision` from the next request on; the route stays as it is."
+        body: dict[str, Any] = {"weights": self.routes().get(alias, {}), "shadow": None}
+        body |= {"shadow": {"revision": revision, "share": share}} if revision is not None else {}
+        return self.call("PUT", f"/admin/routes/{alias}", body)["shadows"]
+
     def revisions(self) -> list[dict[str, Any]]:
         "The loaded revisions with their load."
         return self.call("GET", "/admin/revisions")["revisions"]

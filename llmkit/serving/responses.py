@@ -23,8 +23,8 @@ from llmkit.serving.chat import (
 from .protocol import ApiError, JsonSchema, Metadata, ResponseFormat, Share
 
 # %% auto #0
-__all__ = ['SAME', 'NAMES', 'ItemPart', 'Item', 'FlatTool', 'FlatChoice', 'TextFormat', 'TextConfig', 'ResponsesRequest',
-           'refuse_memory', 'text_of', 'need', 'messages_of', 'format_of', 'chat_of', 'in_words']
+__all__ = ['No', 'Nothing', 'SAME', 'NAMES', 'ItemPart', 'Item', 'FlatTool', 'FlatChoice', 'TextFormat', 'TextConfig',
+           'ResponsesRequest', 'refuse_memory', 'text_of', 'need', 'messages_of', 'format_of', 'chat_of', 'in_words']
 
 # %% ../../nbs/serving/02e_responses.ipynb #595ca8fd
 class ItemPart(Struct, forbid_unknown_fields=True):
@@ -82,6 +82,10 @@ class TextConfig(Struct, forbid_unknown_fields=True):
 
     format: TextFormat | None = None
 
+# %% ../../nbs/serving/02e_responses.ipynb #798216f8
+No = Annotated[bool, Meta(extra_json_schema={"const": False})]
+Nothing = Annotated[str, Meta(extra_json_schema={"maxLength": 0})]
+
 # %% ../../nbs/serving/02e_responses.ipynb #e0597e19
 class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     "The body of `/v1/responses`."
@@ -97,10 +101,10 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    store: bool | None = None  # only false
-    previous_response_id: str | None = None  # refused: nothing is kept
-    conversation: str | None = None  # refused too
-    background: bool | None = None  # only false
+    store: No | None = None  # only false
+    previous_response_id: Nothing | None = None  # refused: nothing is kept
+    conversation: Nothing | None = None  # refused too
+    background: No | None = None  # only false
     truncation: Literal["disabled"] | None = None
     user: str | None = None
     metadata: Metadata | None = None

@@ -77,6 +77,8 @@ def row_again(call: Call, reply: Reply, keep_text: bool) -> RequestRow:
 # %% ../../nbs/serving/05a_rows.ipynb #3aacd54a
 def count(call: Call, row: RequestRow) -> None:
     "Put a call that reached a revision into its metrics."
+    if call.revision is not None and not call.generates and row.status == 200:
+        call.revision.metrics.embedded(row.prompt_tokens, row.latency_s)
     if call.revision is None or not call.choices:
         return
     m, params = call.revision.metrics, call.choices[0].request.params

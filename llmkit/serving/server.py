@@ -34,6 +34,7 @@ from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
+from .heads import protocol
 from .http import error_response, json_response, read_body, reply_headers
 from .openapi import description
 from llmkit.serving.protocol import (
@@ -273,7 +274,7 @@ def run_server(cfg: ServeConfig) -> None:
     if cfg.log_json:
         log_as_json()
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
-    how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
+    how: dict[str, Any] = {"http": protocol(cfg.head_s), "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
     how |= {"access_log": False} | ({"log_config": None} if cfg.log_json else {})
     how |= {"server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
     server = Server(uvicorn.Config(front(app, app.state.llmkit), **how))

@@ -121,14 +121,14 @@ def authorise(state: State, header: str | None, admin: bool = False) -> Principa
 ADMIN = Principal("admin", admin=True)
 
 # %% ../../nbs/serving/05b_state.ipynb #dfb9bb26
-def charge(state: State, who: Principal, limit: str, amount: float) -> None:
+def charge(state: State, who: Principal, limit: str, amount: float, param: str = "max_tokens") -> None:
     "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
     try:
         state.limiter.take(who, limit, amount)
     except LimitError as e:
         state.metrics.own["rate_limited"].labels(who.name, limit).inc()
         if e.retry_after is None:
-            raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
+            raise ApiError(400, str(e), param, "limit_exceeded") from e
         raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
 
 # %% ../../nbs/serving/05b_state.ipynb #196e09d8
@@ -143,7 +143,7 @@ def reserve(state: State, call: Call) -> None:
     visit = state.inside.get(call)
     if visit is not None:
         tokens = sum(len(p.ids) for p in call.prompts) + sum(c.request.params.max_tokens for c in call.choices)
-        charge(state, visit.who, "tpm", tokens)
+        charge(state, visit.who, "tpm", tokens, "max_tokens" if call.generates else "input")
         visit.reserved = tokens
 
 # %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
@@ -161,8 +161,9 @@ def find(state: State, call: Call, model: str, session: str) -> Revision:
         raise ApiError(404, str(e), "model", "model_not_found") from e
     call.revision = state.loaded[name]
     if call.adapter and call.adapter not in call.revision.loop.adapters:
-        known = ", ".join(sorted(call.revision.loop.adapters)) or "none"
-        raise ApiError(404, f"{name!r} has no adapter {call.adapter!r} (it has {known})", "model", "model_not_found")
+        lost, known = call.revision.loop.lost.get(call.adapter), ", ".join(sorted(call.revision.loop.adapters))
+        why = f"it was lost when the engine restarted: {lost}" if lost else f"it has {known or 'none'}"
+        raise ApiError(404, f"{name!r} has no adapter {call.adapter!r} ({why})", "model", "model_not_found")
     return call.revision
 
 # %% ../../nbs/serving/05b_state.ipynb #f5625a59
@@ -204,7 +205,8 @@ def heed(state: State, revision: Revision, error: ApiError | None) -> None:
 def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> None:
     "Pay for what a call really used, from its key's limit and in the metrics."
     if visit is not None and visit.reserved:
-        used = row.prompt_tokens + row.completion_tokens if call.tickets else 0
+        worked = call.tickets or (not call.generates and row.status == 200)
+        used = row.prompt_tokens + row.completion_tokens if worked else 0
         state.limiter.settle(visit.who, visit.reserved, used)
     if row.source == "cache":
         state.metrics.own["response_cache_hits"].inc()
@@ -227,7 +229,7 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     row = row_again(call, reply, text) if reply else row_of(call, text)
     if visit is not None and visit.source:
         row.source = visit.source
-    if call.revision is not None and reply is None:
+    if call.revision is not None and call.generates and reply is None:
         heed(state, call.revision, error)
     settle(state, call, row, visit)
     tell(state, call, row)
