@@ -15,7 +15,7 @@ import httpx
 from ..core.errors import ServiceError
 
 # %% auto #0
-__all__ = ['said', 'AdminConnection', 'AdminClient']
+__all__ = ['said', 'AdminConnection', 'RouteClient', 'AdminClient']
 
 # %% ../../nbs/serving/08_client.ipynb #41654a94
 def said(response: httpx.Response) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class AdminConnection:
         self.close()
 
 # %% ../../nbs/serving/08_client.ipynb #1e0973c9
-class AdminClient(AdminConnection):
-    "Reads and changes the routes and revisions of a running server."
+class RouteClient(AdminConnection):
+    "Reads and changes the routes of a running server."
 
     def routes(self) -> dict[str, dict[str, float]]:
         "Alias -> revision -> weight."
@@ -88,6 +88,10 @@ class AdminClient(AdminConnection):
         body: dict[str, Any] = {"weights": self.routes().get(alias, {}), "shadow": None}
         body |= {"shadow": {"revision": revision, "share": share}} if revision is not None else {}
         return self.call("PUT", f"/admin/routes/{alias}", body)["shadows"]
+
+# %% ../../nbs/serving/08_client.ipynb #8ffc4075
+class AdminClient(RouteClient):
+    "Reads and changes the routes and revisions of a running server."
 
     def revisions(self) -> list[dict[str, Any]]:
         "The loaded revisions with their load."

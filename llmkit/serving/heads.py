@@ -13,11 +13,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Deadline', 'too_slow', 'protocol']
+__all__ = ['Timed', 'Deadline', 'too_slow', 'protocol']
 
 # %% ../../nbs/serving/05j_heads.ipynb #8992b348
-class Deadline(HttpToolsProtocol):
-    "uvicorn's protocol, closed when a head takes longer than `head_s` seconds to come."
+class Timed(HttpToolsProtocol):
+    "uvicorn's protocol with a timer of `head_s` seconds."
 
     head_s = 30.0
     waits: asyncio.TimerHandle | None = None  # None: no head is due
@@ -40,6 +40,10 @@ class Deadline(HttpToolsProtocol):
         if self.scope is not None and (self.cycle is None or self.cycle.scope is not self.scope):
             self.transport.write(too_slow(self.head_s))
         self.transport.close()
+
+# %% ../../nbs/serving/05j_heads.ipynb #29e5e62f
+class Deadline(Timed):
+    "The protocol, closed when a head takes longer than that to come."
 
     def connection_made(self, transport: Any) -> None:
         "Somebody is there."

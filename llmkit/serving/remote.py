@@ -19,7 +19,8 @@ from .admission import Bounds, Ticket, engine_failed, engine_totals
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Patience', 'RemoteEngine', 'Replaceable', 'SelfRepairing', 'load_again', 'RemoteLoop', 'Delivery', 'Remote']
+__all__ = ['Patience', 'RemoteEngine', 'Replaceable', 'SelfRepairing', 'load_again', 'Restoring', 'RemoteLoop', 'Delivery',
+           'Remote']
 
 # %% ../../nbs/serving/03b_remote.ipynb #639a967f
 class Patience:
@@ -145,20 +146,17 @@ def load_again(process: EngineProcess, name: str, folder: str) -> str:
     process.close(1.0)
     raise LLMKitError(f"its process ended with exit code {process.exit_code()} while it loaded adapter {name!r}")
 
-# %% ../../nbs/serving/03b_remote.ipynb #e69898fd
-class RemoteLoop(SelfRepairing):
-    "Requests and mailboxes over an engine process; everything is called from the event loop."
+# %% ../../nbs/serving/03b_remote.ipynb #9defb850
+class Restoring(SelfRepairing):
+    "Gives a new process the adapters that the one before it had; what cannot be loaded is `lost`."
 
-    def __init__(self, spec: dict[str, Any], bounds: Bounds, name: str = "engine") -> None:
+    def __init__(self, spec: dict[str, Any], name: str = "engine") -> None:
         super().__init__(spec, name)
-        self.bounds, self.tickets, self.orders = bounds, dict[str, Ticket](), Orders()
-        self.asked: dict[str, asyncio.Future] = {}  # adapters that are being loaded or unloaded
         self.adapters: dict[str, str] = {}  # those that are there, each with its folder
         self.lost: dict[str, str] = {}  # those that a new process did not take again, each with the reason
-        self.stats: Any = None
 
     def start(self) -> Self:
-        "Start the process and give it the adapters that the one before it had; what cannot be loaded is `lost`."
+        "Start the process and load what the one before it had."
         super().start()
         for name, folder in list(self.adapters.items()):
             assert self.process is not None
@@ -172,17 +170,27 @@ class RemoteLoop(SelfRepairing):
                 self.lose(name, why)
         return self
 
+    def check(self) -> None:
+        "ApiError 503 if nothing can be asked of it now."
+        if self.failure or self.closing or self.process is None:
+            why = "the model is being unloaded" if self.closing else f"the engine failed: {self.failure}; it restarts"
+            raise ApiError(503, why, code="unavailable", retry_after=1)
+
     def lose(self, name: str, why: str) -> None:
         "Do without an adapter from now on, and say so."
         self.lost = self.lost | {name: why}
         self.adapters = {n: folder for n, folder in self.adapters.items() if n != name}
         logging.getLogger(__name__).error("%s: adapter %s is lost: %s", self.name, name, why)
 
-    def check(self) -> None:
-        "ApiError 503 if nothing can be asked of it now."
-        if self.failure or self.closing or self.process is None:
-            why = "the model is being unloaded" if self.closing else f"the engine failed: {self.failure}; it restarts"
-            raise ApiError(503, why, code="unavailable", retry_after=1)
+# %% ../../nbs/serving/03b_remote.ipynb #e69898fd
+class RemoteLoop(Restoring):
+    "Requests and mailboxes over an engine process; everything is called from the event loop."
+
+    def __init__(self, spec: dict[str, Any], bounds: Bounds, name: str = "engine") -> None:
+        super().__init__(spec, name)
+        self.bounds, self.tickets, self.orders = bounds, dict[str, Ticket](), Orders()
+        self.asked: dict[str, asyncio.Future] = {}  # adapters that are being loaded or unloaded
+        self.stats: Any = None
 
     def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
         "Let all of `requests` in, or none (ApiError 503); their outputs come to `mailbox`."

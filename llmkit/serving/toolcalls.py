@@ -17,7 +17,7 @@ from .text import held_back
 from .tools import CLOSE, OPEN
 
 # %% auto #0
-__all__ = ['Event', 'NAME', 'HEAD', 'MadeCall', 'Braces', 'whole_call', 'Pieces', 'Outside', 'States', 'CallReader']
+__all__ = ['Event', 'NAME', 'HEAD', 'MadeCall', 'Braces', 'whole_call', 'Pieces', 'Outside', 'Head', 'States', 'CallReader']
 
 # %% ../../nbs/serving/02d_toolcalls.ipynb #89af1f45
 @dataclass(slots=True)
@@ -122,6 +122,15 @@ class Outside(Pieces):
         self._text = text[len(sure) :] if at < 0 else text[at + len(OPEN) :]
         return "outside" if at < 0 else "head"
 
+    def next(self, state: str = "outside") -> str:
+        "The state after a call: `state`, or none if one call is all."
+        self.done = not self.many
+        return "end" if self.done else state
+
+# %% ../../nbs/serving/02d_toolcalls.ipynb #009b6b86
+class Head(Outside):
+    "The state at the beginning of a call."
+
     def head(self, last: bool) -> str:
         "The beginning of a call, until its arguments begin."
         if (found := HEAD.match(self._text)) and found[1] in self.names:
@@ -149,13 +158,8 @@ class Outside(Pieces):
         self._text = ""
         return "end"
 
-    def next(self, state: str = "outside") -> str:
-        "The state after a call: `state`, or none if one call is all."
-        self.done = not self.many
-        return "end" if self.done else state
-
 # %% ../../nbs/serving/02d_toolcalls.ipynb #c8b1a793
-class States(Outside):
+class States(Head):
     "The states inside a call, and the last one."
 
     def arguments(self, last: bool) -> str:
