@@ -43,6 +43,7 @@ HELP = {
     "tpm": "tokens a minute of a key without a limit of its own",
     "max_body": "bytes of a request",
     "timeout_s": "seconds a request may take",
+    "head_s": "seconds for the head of a request to come, and for a connection that says nothing",
     "drain_s": "seconds for running requests on SIGTERM",
     "breaker": "failures within a minute that close a revision; 0: never",
     "breaker_pause_s": "seconds until one request may try again",

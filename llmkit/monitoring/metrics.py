@@ -108,6 +108,13 @@ class ModelMetrics:
         "Count one finished request."
         observe_request(self, f)
 
+    def embedded(self, tokens: int, seconds: float) -> None:
+        "Count a request that made vectors of `tokens` prompt tokens; what concerns generated ones is left alone."
+        self.count("request_success", "stop")
+        self.counters["prompt_tokens"].inc(tokens)
+        self.histograms["request_prompt_tokens"].observe(tokens)
+        self.histograms["e2e_request_latency_seconds"].observe(seconds)
+
 # %% ../../nbs/monitoring/01_metrics.ipynb #54583f89
 def observe_request(m: ModelMetrics, f: Finished) -> None:
     "Put a finished request into the counters and histograms of `m`."

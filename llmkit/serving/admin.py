@@ -12,11 +12,19 @@ from msgspec import UNSET, UnsetType
 
 from ..core.errors import LLMKitError
 from .protocol import ApiError, ShadowRequest
-from .router import Shadow
+from .router import Shadow, check_name
 from .state import State
 
 # %% auto #0
-__all__ = ['set_route', 'add_revision', 'drop_revision', 'set_adapter', 'feedback']
+__all__ = ['good_name', 'set_route', 'add_revision', 'drop_revision', 'set_adapter', 'feedback']
+
+# %% ../../nbs/serving/05h_admin.ipynb #da6c4e30
+def good_name(param: str, name: str) -> None:
+    "400 for a name that is empty or holds control characters."
+    try:
+        check_name(param, name)
+    except LLMKitError as e:
+        raise ApiError(400, str(e), param, "invalid_name") from e
 
 # %% ../../nbs/serving/05h_admin.ipynb #d5c397fc
 def set_route(
@@ -26,6 +34,7 @@ def set_route(
     shadow: ShadowRequest | UnsetType | None = UNSET,  # not given: as it was; None: no longer
 ) -> dict[str, float]:
     "Change a route; 400 says what is wrong with it, and then nothing has changed."
+    good_name("alias", alias)
     try:
         wanted = Shadow(shadow.revision, shadow.share) if isinstance(shadow, ShadowRequest) else None
         if wanted:
@@ -40,6 +49,7 @@ def set_route(
 # %% ../../nbs/serving/05h_admin.ipynb #995b9547
 async def add_revision(state: State, name: str, folder: str, variant: str) -> dict[str, Any]:
     "Load a revision; 400 for a folder that cannot be served, 409 for a name that is taken."
+    good_name("name", name)
     if name in state.loaded or name in state.revisions.coming or name in state.router.routes:
         raise ApiError(409, f"{name!r} is already there", "name", "name_taken")
     try:
@@ -64,6 +74,11 @@ async def set_adapter(state: State, revision: str, name: str, folder: str) -> li
     "Load a LoRA adapter into a revision, or unload it without a folder; the adapters that it then has."
     if revision not in state.loaded:
         raise ApiError(404, f"revision {revision!r} is not loaded", "name", "revision_not_found")
+    good_name("adapter", name)
+    if ":" in name:
+        raise ApiError(
+            400, f"adapter {name!r}: a colon parts a model's name from its adapter's", "adapter", "invalid_name"
+        )
     loop = state.loaded[revision].loop
     if not folder and name not in loop.adapters:
         raise ApiError(404, f"revision {revision!r} has no adapter {name!r}", "adapter", "adapter_not_found")

@@ -20,7 +20,7 @@ from ..core.config import Config
 from ..core.errors import ConfigError, ServiceError
 from ..core.settings import read_settings
 from ..security.access import KeyStore, Limits, load_keys
-from .router import check_weights
+from .router import check_name, check_weights
 
 # %% auto #0
 __all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_serve',
@@ -91,6 +91,7 @@ class GuardSettings(EngineSettings):
     tpm: Annotated[int, Ge(1)] | None = None  # tokens a minute of such a key
     max_body: Annotated[int, Ge(1)] = 4 << 20  # bytes of a request
     timeout_s: Annotated[float, Gt(0)] = 600.0  # of one request
+    head_s: Annotated[float, Gt(0)] = 30.0  # for a request's head to come, and for a connection that says nothing
     drain_s: Annotated[float, Ge(0)] = 30.0  # for running requests on SIGTERM
     breaker: Annotated[int, Ge(0)] = 5  # failures of a revision within a minute that close it; 0: never
     breaker_pause_s: Annotated[float, Gt(0)] = 10.0  # until one request may try again
@@ -129,7 +130,9 @@ def check_serve(cfg: ServeConfig) -> None:
             raise ConfigError(
                 f"models: {name!r}: {folder!r} is not a name and a folder", "for example stable: runs/model"
             )
+        check_name("model", name)
         check_model_folder(folder)
+    check_name("alias", cfg.alias)
     if cfg.alias in cfg.models:
         raise ConfigError(f"alias {cfg.alias!r} is also the name of a model", "give --alias another name")
     if cfg.weights:

@@ -116,6 +116,6 @@ class FastPath:
             return False
         known, revision, reply = found
         call = new_call(scope["path"])
-        call.model, call.session, call.keep, call.revision = known.model, known.session, known.keep, revision
+        call.model, call.session, call.aside, call.revision = known.model, known.session, known.aside, revision
         await give(self.state, call, authorise(self.state, auth), reply, send)
         return True

@@ -18,6 +18,7 @@ from .chat import ChatRequest
 from .embedding import EmbeddingRequest
 from .protocol import AdapterRequest, CompletionRequest, FeedbackRequest, RevisionRequest, RouteRequest
 from .responses import ResponsesRequest
+from .router import UNSEEN
 from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
@@ -120,7 +121,8 @@ def operation(p: Path) -> dict[str, Any]:
         found["responses"][str(status)] = {"description": WHY[status], "content": error if p.key else probe}
     given = re.findall(r"\{(\w+)\}", p.path)
     if given:
-        found["parameters"] = [{"name": g, "in": "path", "required": True, "schema": {"type": "string"}} for g in given]
+        schema = {"type": "string", "pattern": f"^[^{UNSEEN}]+$"} if p.key == "admin" else {"type": "string"}
+        found["parameters"] = [{"name": g, "in": "path", "required": True, "schema": schema} for g in given]
     if p.body:
         schema = {"$ref": AT.format(name=p.body.__name__)}
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

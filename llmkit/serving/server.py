@@ -34,6 +34,7 @@ from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
+from .heads import protocol
 from .http import error_response, json_response, read_body, reply_headers
 from .openapi import description
 from llmkit.serving.protocol import (
@@ -44,6 +45,7 @@ from llmkit.serving.protocol import (
     RevisionRequest,
     RouteRequest,
     Shared,
+    aside_of,
     decode,
 )
 from .responses import ResponsesRequest, chat_of, in_words
@@ -73,9 +75,11 @@ async def generate(request: HttpRequest) -> Response:
 def understood(call: Call, body: bytes) -> Shared:
     "The request in `body`, of the kind that the call's endpoint takes."
     if call.endpoint == "/v1/responses":
-        call.asked = asked = decode(ResponsesRequest, body)
-        return chat_of(asked)
-    return decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
+        call.asked = decode(ResponsesRequest, body)
+    kind = ChatRequest if "chat" in call.endpoint else CompletionRequest
+    asked = chat_of(call.asked) if isinstance(call.asked, ResponsesRequest) else decode(kind, body)
+    call.aside = aside_of(asked)
+    return asked
 
 # %% ../../nbs/serving/06_server.ipynb #3bf7ab54
 async def models(request: HttpRequest) -> Response:
@@ -270,7 +274,7 @@ def run_server(cfg: ServeConfig) -> None:
     if cfg.log_json:
         log_as_json()
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
-    how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
+    how: dict[str, Any] = {"http": protocol(cfg.head_s), "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
     how |= {"access_log": False} | ({"log_config": None} if cfg.log_json else {})
     how |= {"server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
     server = Server(uvicorn.Config(front(app, app.state.llmkit), **how))

@@ -47,7 +47,7 @@ def cast(state: State, call: Call, asked: Shared, size: int) -> None:
         state.metrics.own["shadow_requests"].labels(shadow.revision, "left_out").inc()
         return
     copy, visit = new_call(call.endpoint), state.inside.get(call)
-    copy.model, copy.session = call.model, call.session
+    copy.model, copy.session, copy.aside = call.model, call.session, call.aside
     state.inside[copy] = Visit(visit.who if visit else state.anonymous, source="shadow")
     task = asyncio.create_task(run_copy(state, copy, asked, revision, size))
     state.copies.add(task)

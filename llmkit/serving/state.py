@@ -21,17 +21,18 @@ from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
 from .breaker import Breaker
 from .cache import Reply, ReplyCache
-from .calls import Call, count, row_of
+from .calls import Call
 from .config import ServeConfig
 from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
 from .router import Router, UnknownModel
+from .rows import count, row_again, row_of
 from .shared import RedisCache, connect
 
 # %% auto #0
 __all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'authorise', 'charge', 'enter',
-           'reserve', 'find', 'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell',
-           'dead', 'unready', 'measure']
+           'reserve', 'find', 'route', 'breaker_of', 'check_breaker', 'heed', 'settle', 'finish', 'tell', 'dead',
+           'unready', 'measure']
 
 # %% ../../nbs/serving/05b_state.ipynb #597877d5
 @dataclass(slots=True)
@@ -120,14 +121,14 @@ def authorise(state: State, header: str | None, admin: bool = False) -> Principa
 ADMIN = Principal("admin", admin=True)
 
 # %% ../../nbs/serving/05b_state.ipynb #dfb9bb26
-def charge(state: State, who: Principal, limit: str, amount: float) -> None:
+def charge(state: State, who: Principal, limit: str, amount: float, param: str = "max_tokens") -> None:
     "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
     try:
         state.limiter.take(who, limit, amount)
     except LimitError as e:
         state.metrics.own["rate_limited"].labels(who.name, limit).inc()
         if e.retry_after is None:
-            raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
+            raise ApiError(400, str(e), param, "limit_exceeded") from e
         raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
 
 # %% ../../nbs/serving/05b_state.ipynb #196e09d8
@@ -142,7 +143,7 @@ def reserve(state: State, call: Call) -> None:
     visit = state.inside.get(call)
     if visit is not None:
         tokens = sum(len(p.ids) for p in call.prompts) + sum(c.request.params.max_tokens for c in call.choices)
-        charge(state, visit.who, "tpm", tokens)
+        charge(state, visit.who, "tpm", tokens, "max_tokens" if call.generates else "input")
         visit.reserved = tokens
 
 # %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
@@ -160,8 +161,9 @@ def find(state: State, call: Call, model: str, session: str) -> Revision:
         raise ApiError(404, str(e), "model", "model_not_found") from e
     call.revision = state.loaded[name]
     if call.adapter and call.adapter not in call.revision.loop.adapters:
-        known = ", ".join(sorted(call.revision.loop.adapters)) or "none"
-        raise ApiError(404, f"{name!r} has no adapter {call.adapter!r} (it has {known})", "model", "model_not_found")
+        lost, known = call.revision.loop.lost.get(call.adapter), ", ".join(sorted(call.revision.loop.adapters))
+        why = f"it was lost when the engine restarted: {lost}" if lost else f"it has {known or 'none'}"
+        raise ApiError(404, f"{name!r} has no adapter {call.adapter!r} ({why})", "model", "model_not_found")
     return call.revision
 
 # %% ../../nbs/serving/05b_state.ipynb #f5625a59
@@ -199,21 +201,12 @@ def heed(state: State, revision: Revision, error: ApiError | None) -> None:
         state.crashes[revision] = crash
         breaker.failed()
 
-# %% ../../nbs/serving/05b_state.ipynb #cfa8539f
-def row_again(call: Call, reply: Reply) -> RequestRow:
-    "The row of a call whose reply came from the cache."
-    revision = call.revision.name if call.revision else ""
-    took = time.perf_counter() - call.began
-    counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
-    texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
-    where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
-    return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
-
 # %% ../../nbs/serving/05b_state.ipynb #a74b3104
 def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> None:
     "Pay for what a call really used, from its key's limit and in the metrics."
     if visit is not None and visit.reserved:
-        used = row.prompt_tokens + row.completion_tokens if call.tickets else 0
+        worked = call.tickets or (not call.generates and row.status == 200)
+        used = row.prompt_tokens + row.completion_tokens if worked else 0
         state.limiter.settle(visit.who, visit.reserved, used)
     if row.source == "cache":
         state.metrics.own["response_cache_hits"].inc()
@@ -232,10 +225,11 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    row, visit = row_again(call, reply) if reply else row_of(call, state.cfg.log_text), state.inside.pop(call, None)
+    text, visit = state.cfg.log_text, state.inside.pop(call, None)
+    row = row_again(call, reply, text) if reply else row_of(call, text)
     if visit is not None and visit.source:
         row.source = visit.source
-    if call.revision is not None and reply is None:
+    if call.revision is not None and call.generates and reply is None:
         heed(state, call.revision, error)
     settle(state, call, row, visit)
     tell(state, call, row)
@@ -248,7 +242,7 @@ def tell(state: State, call: Call, row: RequestRow) -> None:
         note(status=row.status, revision=row.revision or None, source=row.source or None, **tokens)
     if state.telemetry:
         state.telemetry.record(row)
-    if state.log and call.keep:
+    if state.log and call.aside.store is not False:
         state.log.add(row)
 
 # %% ../../nbs/serving/05b_state.ipynb #af97b334
