@@ -162,6 +162,7 @@ class Call:
     tickets: list[Ticket] = field(default_factory=list)
     style: Style = field(default_factory=Style)
     first_s: float = 0.0  # arrival to the first token
+    cold_s: float = 0.0  # that it waited for its model to be loaded
     status: int = 200
     error: str = ""
     keep: bool = True  # whether it goes into the request log

@@ -76,6 +76,8 @@ async def with_client(request: HttpRequest, work: Awaitable[T], seconds: float) 
 def reply_headers(call: Call) -> dict[str, str]:
     "The headers of an answer to `call`."
     found = {"x-request-id": call.id}
+    if call.cold_s:
+        found["server-timing"] = f"cold-start;dur={call.cold_s * 1e3:.1f}"
     return found | ({"x-llmkit-revision": call.revision.name} if call.revision else {})
 
 # %% ../../nbs/serving/05c_http.ipynb #b45ba922

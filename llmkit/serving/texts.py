@@ -13,8 +13,9 @@ from starlette.responses import Response
 from .calls import new_call
 from .embedding import EmbeddingRequest, embedded
 from .http import error_response, json_response, read_body, reply_headers
+from .lookup import find
 from .protocol import ApiError, decode
-from .state import State, authorise, enter, find, finish
+from .state import State, authorise, enter, finish
 from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 
 # %% auto #0
@@ -29,7 +30,7 @@ async def embeddings(request: HttpRequest) -> Response:
     try:
         enter(state, call, who)
         asked = decode(EmbeddingRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-        revision = find(state, call, asked.model, "")
+        revision = await find(state, call, asked.model, "")
         return json_response(await embedded(asked, revision, state.cfg), headers=reply_headers(call))
     except ApiError as e:
         finish(state, call, e)
@@ -43,8 +44,8 @@ async def tokenize(request: HttpRequest) -> Response:
     body, call = await read_body(request, state.cfg.max_body, state.cfg.timeout_s), new_call(request.url.path)
     if call.endpoint == "/detokenize":
         back = decode(DetokenizeRequest, body)
-        return json_response(detokenized(back, find(state, call, back.model, "").text))
+        return json_response(detokenized(back, (await find(state, call, back.model, "")).text))
     asked = decode(TokenizeRequest, body)
-    revision = find(state, call, asked.model, "")
+    revision = await find(state, call, asked.model, "")
     found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
     return json_response(found, headers=reply_headers(call))

@@ -11,13 +11,14 @@ import time
 from copy import copy
 from pathlib import Path
 
+from ..core.errors import LLMKitError
 from .memory import engine_bytes
 from .protocol import ApiError
 from .revisions import Revision
 from .room import Model, NoRoom, Room
 
 # %% auto #0
-__all__ = ['TURN_S', 'TICK_S', 'Eviction', 'make_room', 'Start', 'WarmSet', 'wait_for']
+__all__ = ['TURN_S', 'TICK_S', 'Eviction', 'make_room', 'Start', 'WarmSet', 'wait_for', 'told']
 
 # %% ../../nbs/serving/03e_warm.ipynb #740ebebf
 TURN_S = 5.0  # that a busy model may go on while another waits for its room
@@ -214,3 +215,10 @@ async def wait_for(warm: WarmSet, model: Model, seconds: float | None) -> Revisi
     if task.cancelled():
         raise ApiError(503, "the server is shutting down", code="not_ready", retry_after=1)
     return task.result()
+
+# %% ../../nbs/serving/03e_warm.ipynb #8f0beb8e
+def told(error: LLMKitError) -> ApiError:
+    "A model's failure to come up, as a client hears it."
+    if isinstance(error, NoRoom):
+        return ApiError(503, str(error), "model", "no_room", retry_after=5)
+    return error if isinstance(error, ApiError) else ApiError(400, str(error), "model", "invalid_model")
