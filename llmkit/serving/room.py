@@ -21,7 +21,7 @@ from .memory import Plan
 from .revisions import Revision, Revisions, engine_spec
 
 # %% auto #0
-__all__ = ['SHARE', 'Model', 'described', 'NoRoom', 'Room', 'no_room']
+__all__ = ['SHARE', 'Model', 'described', 'NoRoom', 'Known', 'Room', 'no_room']
 
 # %% ../../nbs/serving/03d_room.ipynb #943826be
 @dataclass(eq=False)
@@ -79,8 +79,8 @@ class NoRoom(LLMKitError):
 SHARE = 0.8  # of the memory that is free at the start
 
 # %% ../../nbs/serving/03d_room.ipynb #5960ac89
-class Room:
-    "The models that a server knows, and whether one more of them can be loaded."
+class Known:
+    "The models that a server knows."
 
     def __init__(
         self,
@@ -110,6 +110,10 @@ class Room:
         found = [m for m in (*found, *self.going) if m not in but]
         return sorted(found, key=lambda m: m.used)
 
+# %% ../../nbs/serving/03d_room.ipynb #e7232eb0
+class Room(Known):
+    "Whether one more of the models that a server knows can be loaded."
+
     def charge(self, model: Model) -> int:
         "Bytes that a model inside counts for."
         return max(model.memory, model.needs + model.kv) if self.cfg.warm_gb else model.memory or model.needs
@@ -122,10 +126,6 @@ class Room:
         if not others and not self.cfg.warm_gb:
             return 0
         return model.plan.kv(self.limit - sum(map(self.charge, others)) - model.needs)
-
-    def no_room(self, model: Model) -> NoRoom:
-        "The error that says why `model` cannot be loaded."
-        return no_room(self, model)
 
 # %% ../../nbs/serving/03d_room.ipynb #23fb42fc
 def no_room(room: Room, model: Model) -> NoRoom:

@@ -31,9 +31,9 @@ from .shared import RedisCache, connect
 from .warm import WarmSet
 
 # %% auto #0
-__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'come_up', 'engaged', 'authorise',
-           'charge', 'enter', 'reserve', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell',
-           'dead', 'unready', 'measure']
+__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'come_up', 'go_down', 'engaged',
+           'authorise', 'charge', 'enter', 'reserve', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle',
+           'finish', 'tell', 'dead', 'unready', 'measure']
 
 # %% ../../nbs/serving/05b_state.ipynb #597877d5
 @dataclass(slots=True)
@@ -98,15 +98,7 @@ class State:
 
     async def close(self) -> None:
         "Let what runs finish, then stop the engines and write the log to its end."
-        self.draining = True
-        await self.warm.close()
-        await end_all(self.copies)
-        await asyncio.gather(*[r.loop.close(self.cfg.drain_s) for r in list(self.loaded.values())])
-        if self.cache and self.cache.shared:
-            await self.cache.shared.close()
-        for writer in (self.log, self.telemetry):
-            if writer:
-                await asyncio.to_thread(writer.close)
+        await go_down(self)
 
 # %% ../../nbs/serving/05b_state.ipynb #0b84dfc2
 async def come_up(state: State) -> None:
@@ -119,6 +111,19 @@ async def come_up(state: State) -> None:
             await state.warm.get(name)
     state.ready = True
     await state.warm.fill()
+
+# %% ../../nbs/serving/05b_state.ipynb #c5a565ff
+async def go_down(state: State) -> None:
+    "Let what runs finish, then stop the engines and write the log to its end."
+    state.draining = True
+    await state.warm.close()
+    await end_all(state.copies)
+    await asyncio.gather(*[r.loop.close(state.cfg.drain_s) for r in list(state.loaded.values())])
+    if state.cache and state.cache.shared:
+        await state.cache.shared.close()
+    for writer in (state.log, state.telemetry):
+        if writer:
+            await asyncio.to_thread(writer.close)
 
 # %% ../../nbs/serving/05b_state.ipynb #3725464f
 def engaged(state: State, revision: Revision) -> bool:

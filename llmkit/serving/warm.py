@@ -15,18 +15,18 @@ from ..core.errors import LLMKitError
 from .memory import engine_bytes
 from .protocol import ApiError
 from .revisions import Revision
-from .room import Model, NoRoom, Room
+from .room import Model, NoRoom, Room, no_room
 
 # %% auto #0
-__all__ = ['TURN_S', 'TICK_S', 'Eviction', 'make_room', 'Start', 'WarmSet', 'wait_for', 'told']
+__all__ = ['TURN_S', 'TICK_S', 'Usage', 'Eviction', 'make_room', 'Loading', 'Start', 'Asking', 'WarmSet', 'wait_for', 'told']
 
 # %% ../../nbs/serving/03e_warm.ipynb #740ebebf
 TURN_S = 5.0  # that a busy model may go on while another waits for its room
 TICK_S = 0.01  # between two looks
 
 # %% ../../nbs/serving/03e_warm.ipynb #99a3ecd0
-class Eviction(Room):
-    "Lets models go: the longest unused first, and none that is in use."
+class Usage(Room):
+    "Who uses a model, and what it holds."
 
     def busy(self, model: Model) -> bool:
         "Whether somebody uses a model, or is about to."
@@ -38,6 +38,10 @@ class Eviction(Room):
         for model in self.inside():
             if model.revision is not None:
                 model.memory = await asyncio.to_thread(engine_bytes, model.revision.loop)
+
+# %% ../../nbs/serving/03e_warm.ipynb #f0b6bdb9
+class Eviction(Usage):
+    "Lets models go."
 
     async def cool(self, model: Model, seconds: float = 0.0) -> None:
         "Let the engine of a warm model go; what runs in it may finish within `seconds`."
@@ -56,10 +60,6 @@ class Eviction(Room):
             model.revision, model.closing, model.leaving, model.kv, model.memory = None, False, False, 0, 0
             logging.getLogger(__name__).info("made cold", extra={"facts": {"revision": model.name}})
 
-    async def make_room(self, model: Model) -> int:
-        "Wait and let others go until `model` fits; the bytes for its keys and values. `NoRoom` if that cannot be."
-        return await make_room(self, model)
-
 # %% ../../nbs/serving/03e_warm.ipynb #580f3f4f
 async def make_room(warm: Eviction, model: Model) -> int:
     "Wait and let others go until `model` fits; the bytes for its keys and values. `NoRoom` if that cannot be."
@@ -69,7 +69,7 @@ async def make_room(warm: Eviction, model: Model) -> int:
         while (kv := warm.fits(model)) is None:
             others = [m for m in warm.inside([model]) if not warm.held(m.name)]
             if warm.fits(model, others) is None or not model.waiting:
-                raise warm.no_room(model)
+                raise no_room(warm, model)
             idle = [m for m in others if not m.closing and not warm.busy(m)]
             if idle:
                 await warm.cool(idle[0])
@@ -85,8 +85,36 @@ async def make_room(warm: Eviction, model: Model) -> int:
             other.leaving = other.closing
 
 # %% ../../nbs/serving/03e_warm.ipynb #dc3221a4
-class Start(Eviction):
-    "Loads models."
+class Loading(Eviction):
+    "Loads an engine into the place that it was given."
+
+    async def engine(self, model: Model) -> Revision:
+        "Load the engine of a model that has its place, with the adapters that it had; `NoRoom` if it is too large."
+        cfg = copy(self.cfg)
+        cfg.kv_gb = model.kv / 1e9 if model.kv else cfg.kv_gb
+        revision = await self.revisions.load(model.name, model.folder, model.variant, cfg)
+        model.memory = model.resident = await asyncio.to_thread(engine_bytes, revision.loop)
+        if self.cfg.warm_gb and sum(map(self.charge, self.inside())) > self.limit:
+            await self.revisions.unload(model.name, 0.0)
+            model.memory = 0
+            raise no_room(self, model)
+        for name, folder in model.adapters.items():
+            try:
+                await revision.loop.adapter(name, folder)
+            except ApiError as e:
+                logging.getLogger(__name__).error("adapter %s of %s did not come back: %s", name, model.name, e)
+        return revision
+
+    def started(self, model: Model, seconds: float) -> None:
+        "Write a cold start down."
+        model.cold_start_s, model.failed, model.starts = round(seconds, 3), None, model.starts + 1
+        self.metrics.own["cold_start_seconds"].labels(model.name).observe(seconds)
+        facts = {"revision": model.name, "cold_start_s": model.cold_start_s, "memory_bytes": model.memory}
+        logging.getLogger(__name__).info("cold start", extra={"facts": facts})
+
+# %% ../../nbs/serving/03e_warm.ipynb #4b22fe6a
+class Start(Loading):
+    "Gives a model its place and loads it."
 
     async def start(self, model: Model) -> Revision:
         "Make room for a model and load it."
@@ -112,36 +140,12 @@ class Start(Eviction):
             while model.closing:
                 await asyncio.sleep(TICK_S)
             if model.revision is None:
-                model.kv, model.coming = await self.make_room(model), True
+                model.kv, model.coming = await make_room(self, model), True
             return model.revision is not None
 
-    async def engine(self, model: Model) -> Revision:
-        "Load the engine of a model that has its place, with the adapters that it had; `NoRoom` if it is too large."
-        cfg = copy(self.cfg)
-        cfg.kv_gb = model.kv / 1e9 if model.kv else cfg.kv_gb
-        revision = await self.revisions.load(model.name, model.folder, model.variant, cfg)
-        model.memory = model.resident = await asyncio.to_thread(engine_bytes, revision.loop)
-        if self.cfg.warm_gb and sum(map(self.charge, self.inside())) > self.limit:
-            await self.revisions.unload(model.name, 0.0)
-            model.memory = 0
-            raise self.no_room(model)
-        for name, folder in model.adapters.items():
-            try:
-                await revision.loop.adapter(name, folder)
-            except ApiError as e:
-                logging.getLogger(__name__).error("adapter %s of %s did not come back: %s", name, model.name, e)
-        return revision
-
-    def started(self, model: Model, seconds: float) -> None:
-        "Write a cold start down."
-        model.cold_start_s, model.failed, model.starts = round(seconds, 3), None, model.starts + 1
-        self.metrics.own["cold_start_seconds"].labels(model.name).observe(seconds)
-        facts = {"revision": model.name, "cold_start_s": model.cold_start_s, "memory_bytes": model.memory}
-        logging.getLogger(__name__).info("cold start", extra={"facts": facts})
-
 # %% ../../nbs/serving/03e_warm.ipynb #8a7f7687
-class WarmSet(Start):
-    "The models of a server, as many of them loaded as there is room for."
+class Asking(Start):
+    "Gives a model to those who ask for it."
 
     def is_warm(self, name: str) -> bool:
         "Whether a model answers at once."
@@ -155,6 +159,10 @@ class WarmSet(Start):
         if model.revision is not None and not model.leaving:
             return model.revision
         return await wait_for(self, model, seconds)
+
+# %% ../../nbs/serving/03e_warm.ipynb #4241ad91
+class WarmSet(Asking):
+    "The models of a server, as many of them loaded as there is room for."
 
     async def load(
         self, name: str, folder: str | Path, variant: str = "auto", seconds: float | None = None
@@ -193,8 +201,8 @@ class WarmSet(Start):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 # %% ../../nbs/serving/03e_warm.ipynb #90e8300e
-async def wait_for(warm: WarmSet, model: Model, seconds: float | None) -> Revision:
-    "The start of a model that is cold, begun if nobody has yet; what `WarmSet.get` says."
+async def wait_for(warm: Start, model: Model, seconds: float | None) -> Revision:
+    "The start of a model that is cold, begun if nobody has yet; what `Asking.get` says."
     pause = warm.cfg.breaker_pause_s if warm.cfg.breaker else 0.0
     if model.failed and time.monotonic() - model.failed[0] < pause:
         raise model.failed[1]
@@ -210,7 +218,7 @@ async def wait_for(warm: WarmSet, model: Model, seconds: float | None) -> Revisi
         model.waiting -= 1
     if not task.done():
         if not model.coming:
-            raise warm.no_room(model)
+            raise no_room(warm, model)
         raise ApiError(504, f"model {model.name!r} was still being loaded after {seconds:g} s", code="timeout")
     if task.cancelled():
         raise ApiError(503, "the server is shutting down", code="not_ready", retry_after=1)
