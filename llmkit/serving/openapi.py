@@ -28,8 +28,8 @@ from .responses import ResponsesRequest
 from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
-__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'STATE', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'PROBE', 'LABEL',
-           'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape', 'operation',
+__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'LOADS', 'STATE', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'PROBE',
+           'LABEL', 'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape', 'operation',
            'description']
 
 # %% ../../nbs/serving/05d_openapi.ipynb #b71a68be
@@ -71,8 +71,9 @@ TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 # %% ../../nbs/serving/05d_openapi.ipynb #aa93bed2
 STREAM = ("application/json", "text/event-stream")
 MAKES: tuple[int, ...] = (400, 404, 413, 429, 503, 504)
-ASKS: tuple[int, ...] = (400, 404, 413, 503)
+ASKS: tuple[int, ...] = (400, 404, 413, 503, 504)
 TAKES: tuple[int, ...] = (400, 409, 413)
+LOADS: tuple[int, ...] = (400, 404, 409, 413, 503, 504)
 STATE, ADAPTER, VECTORS = (
     "/admin/revisions/{name}/state",
     "/admin/revisions/{name}/adapters/{adapter}",
@@ -100,13 +101,13 @@ TABLE = [
     Path("GET", "/admin/routes", "who answers under which name", key="admin", reply=ROUTES),
     Path("PUT", "/admin/routes/{alias}", "change it", RouteRequest, "admin", errors=(400, 413), reply=ROUTES),
     Path("GET", "/admin/revisions", "what is known, and what of it is loaded", key="admin", reply="revisions"),
-    Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=TAKES, reply=LOADED),
-    Path("PUT", STATE, "make it warm or cold", StateRequest, "admin", errors=(*TAKES, 404, 503), reply="name state"),
+    Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=LOADS, reply=LOADED),
+    Path("PUT", STATE, "make it warm or cold", StateRequest, "admin", errors=LOADS, reply="name state"),
     Path(
         "DELETE", "/admin/revisions/{name}", "unload and forget it", key="admin", errors=(404, 409), reply="revisions"
     ),
-    Path("PUT", ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=(*TAKES, 404), reply="adapters"),
-    Path("DELETE", ADAPTER, "unload it", key="admin", errors=(400, 404, 409), reply="adapters"),
+    Path("PUT", ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=LOADS, reply="adapters"),
+    Path("DELETE", ADAPTER, "unload it", key="admin", errors=(400, 404, 409, 503, 504), reply="adapters"),
 ]
 
 # %% ../../nbs/serving/05d_openapi.ipynb #4fafe0b4

@@ -132,11 +132,7 @@ def no_room(room: Room, model: Model) -> NoRoom:
     "Why `model` cannot be loaded now, with the numbers."
     why = {m.name: f" for route {room.held(m.name)!r}" if room.held(m.name) else "" for m in room.inside([model])}
     there = [f"{m.name} {room.charge(m) / 1e9:.3g} GB{why[m.name]}" for m in room.inside([model])]
+    bound = f"{room.limit / 1e9:.3g} GB" + (f" and {room.cfg.warm_models} models" if room.cfg.warm_models else "")
     need = f"it needs {model.needs / 1e9:.3g} GB and memory for keys and values"
-    bound = f"of {room.limit / 1e9:.3g} GB"
-    if room.cfg.warm_models:
-        bound += f" and {room.cfg.warm_models} models at once"
-    say = (
-        f"there is no room for model {model.name!r}: {need}, and {bound}, these are taken: {', '.join(there) or 'none'}"
-    )
+    say = f"there is no room for model {model.name!r}: {need}; of {bound} taken: {', '.join(there) or 'nothing'}"
     return NoRoom(say, "come again when one of them is idle, or give the server more --warm-gb or --warm-models")

@@ -11,6 +11,7 @@ import time
 from copy import copy
 from pathlib import Path
 
+from ..core.card import check_model_folder
 from ..core.errors import LLMKitError
 from .memory import engine_bytes
 from .protocol import ApiError
@@ -45,10 +46,12 @@ class Eviction(Usage):
 
     async def cool(self, model: Model, seconds: float = 0.0) -> None:
         "Let the engine of a warm model go; what runs in it may finish within `seconds`."
-        revision, model.leaving, until = model.revision, True, time.monotonic() + seconds
+        if (revision := model.revision) is None:
+            return
+        model.leaving, until = True, time.monotonic() + seconds
         while seconds and model.revision is revision and self.busy(model) and time.monotonic() < until:
             await asyncio.sleep(TICK_S)
-        if revision is None or model.revision is not revision or model.closing:
+        if model.revision is not revision or model.closing:
             return
         model.closing, model.adapters = True, dict(revision.loop.adapters)
         try:
@@ -120,6 +123,7 @@ class Start(Loading):
         "Make room for a model and load it."
         began = time.perf_counter()
         try:
+            check_model_folder(model.folder)  # before another has to go for it
             if not await self.place(model):
                 model.revision = await self.engine(model)
                 self.started(model, time.perf_counter() - began)
@@ -136,8 +140,10 @@ class Start(Loading):
 
     async def place(self, model: Model) -> bool:
         "Wait for the turn of a model and for its room; True if it is still warm."
+        while model.leaving:
+            await asyncio.sleep(TICK_S)
         async with self.turn:
-            while model.closing:
+            while model.leaving:
                 await asyncio.sleep(TICK_S)
             if model.revision is None:
                 model.kv, model.coming = await make_room(self, model), True
