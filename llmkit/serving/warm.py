@@ -37,8 +37,9 @@ class Usage(Room):
     async def look(self) -> None:
         "See what the engines hold now."
         for model in self.inside():
-            if model.revision is not None:
-                model.memory = await asyncio.to_thread(engine_bytes, model.revision.loop)
+            if (revision := model.revision) is not None:
+                now = await asyncio.to_thread(engine_bytes, revision.loop)
+                model.memory = now if model.revision is revision else model.memory  # it may have gone meanwhile
 
 # %% ../../nbs/serving/03e_warm.ipynb #f0b6bdb9
 class Eviction(Usage):
