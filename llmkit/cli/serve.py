@@ -47,6 +47,8 @@ HELP = {
     "drain_s": "seconds for running requests on SIGTERM",
     "breaker": "failures within a minute that close a revision; 0: never",
     "breaker_pause_s": "seconds until one request may try again",
+    "warm_gb": "memory of all loaded models in GB; most of what is free without it",
+    "warm_models": "models that may be loaded at once; no bound without it",
     "cache_mb": "memory for replies that can be given again; 0: none",
     "cache_redis": "redis://HOST:PORT/DB behind that memory",
     "exit_with_stdin": "",

@@ -159,6 +159,7 @@ class Call:
     tickets: list[Ticket] = field(default_factory=list)
     style: Style = field(default_factory=Style)
     first_s: float = 0.0  # arrival to the first token
+    cold_s: float = 0.0  # that it waited for its model to be loaded
     status: int = 200
     error: str = ""
     aside: Aside = field(default_factory=Aside)  # what the client said that cannot change the reply

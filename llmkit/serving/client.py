@@ -94,7 +94,7 @@ class AdminClient(RouteClient):
     "Reads and changes the routes and revisions of a running server."
 
     def revisions(self) -> list[dict[str, Any]]:
-        "The loaded revisions with their load."
+        "The known revisions with their state, load and memory."
         return self.call("GET", "/admin/revisions")["revisions"]
 
     def load(self, revision: str, folder: str | Path, variant: str = "auto") -> dict[str, Any]:
@@ -104,6 +104,10 @@ class AdminClient(RouteClient):
     def unload(self, revision: str) -> None:
         "Unload a revision that no route uses, when its requests are done."
         self.call("DELETE", f"/admin/revisions/{revision}")
+
+    def set_state(self, revision: str, state: str) -> dict[str, Any]:
+        "Make a revision 'warm' (loaded) or 'cold' (known, and loaded again for the next request)."
+        return self.call("PUT", f"/admin/revisions/{revision}/state", {"state": state})
 
     def feedback(self, request_id: str, name: str, value: float) -> None:
         "Give an answered request a label."

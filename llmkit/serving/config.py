@@ -112,6 +112,8 @@ class ServeConfig(GuardSettings):
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000  # 0: any free one
     cache_mb: Annotated[float, Ge(0)] = 0.0  # memory for replies that can be given again; 0: none
     cache_redis: str = ""  # redis://HOST:PORT/DB: share them with other servers
+    warm_gb: Annotated[float, Gt(0)] | None = None  # memory of all engines together; not given: what is free
+    warm_models: Annotated[int, Ge(1)] | None = None  # engines that may be loaded at once
     log: str = ""  # the request log (SQLite); empty: none
     log_text: bool = True  # whether the log keeps (masked) text
     log_json: bool = False  # one line of JSON a request on standard error

@@ -80,6 +80,8 @@ PLAIN = "".join(map(chr, range(32, 127)))
 def reply_headers(call: Call) -> dict[str, str]:
     "The headers of an answer to `call`."
     found = {"x-request-id": call.id}
+    if call.cold_s:
+        found["server-timing"] = f"cold-start;dur={call.cold_s * 1e3:.1f}"
     return found | ({"x-llmkit-revision": quote(call.revision.name, safe=PLAIN)} if call.revision else {})
 
 # %% ../../nbs/serving/05c_http.ipynb #b45ba922

@@ -19,8 +19,8 @@ from ..core.errors import LLMKitError
 __all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'Weight', 'KEYS', 'Biases', 'MetaKey', 'MetaText', 'Metadata',
            'NotEmpty', 'IDS', 'LISTS', 'Prompts', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema',
            'ResponseFormat', 'StructuredOutputs', 'Shared', 'Aside', 'aside_of', 'CompletionRequest', 'FeedbackRequest',
-           'ShadowRequest', 'RouteRequest', 'AdapterRequest', 'RevisionRequest', 'fields_at', 'explain', 'decode',
-           'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
+           'ShadowRequest', 'RouteRequest', 'AdapterRequest', 'StateRequest', 'RevisionRequest', 'fields_at', 'explain',
+           'decode', 'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -188,6 +188,12 @@ class AdapterRequest(Struct, forbid_unknown_fields=True):
     folder: Annotated[str, Meta(min_length=1)]
 
 # %% ../../nbs/serving/01_protocol.ipynb #8e1bd429
+class StateRequest(Struct, forbid_unknown_fields=True):
+    "The body of `PUT /admin/revisions/{name}/state`."
+
+    state: Literal["warm", "cold"]
+
+# %% ../../nbs/serving/01_protocol.ipynb #22c53684
 class RevisionRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}`."
 

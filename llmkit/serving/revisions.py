@@ -84,14 +84,20 @@ class Revisions:
         self.loaded: dict[str, Revision] = {}
         self.coming: set[str] = set()
 
-    async def load(self, name: str, folder: str | Path, variant: str = "auto") -> Revision:
+    async def load(
+        self,
+        name: str,
+        folder: str | Path,
+        variant: str = "auto",
+        cfg: ServeConfig | None = None,  # the settings of its engine; the server's if not given
+    ) -> Revision:
         "Load `folder` as `name`, off the event loop."
         check_name("revision", name)
         if name in self.loaded or name in self.coming:
             raise ConfigError(f"revision {name!r} is already there", "load it under another name")
         self.coming.add(name)
         try:
-            revision = await asyncio.to_thread(self._load, name, folder, variant, self._cfg, self._metrics)
+            revision = await asyncio.to_thread(self._load, name, folder, variant, cfg or self._cfg, self._metrics)
         finally:
             self.coming.discard(name)
         self.loaded[name] = revision

@@ -16,7 +16,7 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError
 
 # %% auto #0
-__all__ = ['UNSEEN', 'uniform', 'pick', 'check_name', 'check_weights', 'Shadow', 'UnknownModel', 'Router']
+__all__ = ['UNSEEN', 'uniform', 'pick', 'check_name', 'check_weights', 'Shadow', 'UnknownModel', 'Router', 'rollout_of']
 
 # %% ../../nbs/serving/05_router.ipynb #3d8b140a
 def uniform(*parts: str) -> float:
@@ -125,3 +125,14 @@ class Router:
         left = {a: {r: w for r, w in weights.items() if r != revision} for a, weights in self.routes.items()}
         self.routes = {a: weights for a, weights in left.items() if weights}
         self.shadows = {a: s for a, s in self.shadows.items() if a in self.routes}
+
+# %% ../../nbs/serving/05_router.ipynb #2edf6de9
+def rollout_of(
+    router: Router,
+    revision: str,
+) -> str:
+    "The alias whose rollout needs `revision` loaded: traffic split among several, or a shadow; empty if there is none."
+    for alias in router.using(revision):
+        if alias in router.shadows or sum(w > 0 for w in router.routes[alias].values()) > 1:
+            return alias
+    return ""

@@ -13,9 +13,10 @@ from starlette.responses import Response
 from .calls import Call, Prompt, new_call
 from .embedding import EmbeddingRequest, embedded, input_ids
 from .http import error_response, json_response, read_body, reply_headers, with_client
+from .lookup import find
 from .protocol import ApiError, Aside, decode
 from .revisions import Revision
-from .state import State, authorise, enter, find, finish, reserve
+from .state import State, authorise, enter, finish, reserve
 from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 
 # %% auto #0
@@ -42,7 +43,7 @@ async def embeddings(request: HttpRequest) -> Response:
         enter(state, call, who)
         asked = decode(EmbeddingRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
         call.aside = Aside(asked.user or "")
-        revision = find(state, call, asked.model, asked.user or "")
+        revision = await find(state, call, asked.model, asked.user or "")
         ids = await read_inputs(call, asked, revision)
         reserve(state, call)
         body = await with_client(request, embedded(asked, ids, revision, state.cfg), state.cfg.timeout_s)
@@ -60,8 +61,8 @@ async def tokenize(request: HttpRequest) -> Response:
     body, call = await read_body(request, state.cfg.max_body, state.cfg.timeout_s), new_call(request.url.path)
     if call.endpoint == "/detokenize":
         back = decode(DetokenizeRequest, body)
-        return json_response(detokenized(back, find(state, call, back.model, "").text))
+        return json_response(detokenized(back, (await find(state, call, back.model, "")).text))
     asked = decode(TokenizeRequest, body)
-    revision = find(state, call, asked.model, "")
+    revision = await find(state, call, asked.model, "")
     found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
     return json_response(found, headers=reply_headers(call))
