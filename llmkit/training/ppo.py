@@ -18,15 +18,15 @@ from ..core.config import Config
 from ..core.errors import ModelError, RunError
 from ..models.factory import load_model, save_model
 from .history import Tuned, Watch
+from .objective import advantages, clipped_loss, whiten
 from .resume import Checkpoints, fingerprint
 from .rewards import Reward, name_of, score
 from .rollouts import Rollouts, sample
 from .rows import Row, check_rows, encode_prompts, pad_left
 
 # %% auto #0
-__all__ = ['PPOConfig', 'Actor', 'advantages', 'whiten', 'clipped_loss', 'PPO', 'prepare_ppo', 'check_reference', 'chosen_rows',
-           'seed_of', 'roll_out', 'judge', 'collect', 'next_price', 'part_of', 'update', 'run_ppo', 'beside', 'keep',
-           'ppo_key', 'train_ppo']
+__all__ = ['PPOConfig', 'Actor', 'PPO', 'prepare_ppo', 'check_reference', 'chosen_rows', 'seed_of', 'roll_out', 'judge',
+           'collect', 'next_price', 'part_of', 'update', 'run_ppo', 'beside', 'keep', 'ppo_key', 'train_ppo']
 
 # %% ../../nbs/training/04c_ppo.ipynb #66c030c2
 @dataclass(kw_only=True)
@@ -88,45 +88,6 @@ class Actor(torch.nn.Module):
         chances = (self.policy.lm_head(hidden).float() / temperature).log_softmax(-1)
         taken = chances.gather(-1, ids[:, width:, None])[..., 0]
         return taken, -(chances.exp() * chances).sum(-1), self.value(hidden)[..., 0]
-
-# %% ../../nbs/training/04c_ppo.ipynb #b5a7922b
-def advantages(
-    rewards: torch.Tensor,  # [n, T], a token each
-    values: torch.Tensor,
-    kept: torch.Tensor,  # which tokens are a completion's
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "`(advantages, returns)`, zero outside the completions."
-    values, rewards = values * kept, rewards * kept
-    after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    surprise = rewards + gamma * after - values
-    found = torch.zeros_like(values)
-    ahead = torch.zeros_like(values[:, 0])
-    for t in reversed(range(values.shape[1])):
-        ahead = (surprise[:, t] + gamma * lam * ahead) * kept[:, t]
-        found[:, t] = ahead
-    return found, (found + values) * kept
-
-# %% ../../nbs/training/04c_ppo.ipynb #308d2832
-def whiten(values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    "`values` with mean 0 and deviation 1 over the kept tokens, 0 elsewhere."
-    part = values[kept]
-    return (values - part.mean()) / (part.std(unbiased=False) + 1e-8) * kept
-
-# %% ../../nbs/training/04c_ppo.ipynb #19cbb520
-def clipped_loss(
-    logps: torch.Tensor,  # now
-    old: torch.Tensor,  # when it was written
-    advantage: torch.Tensor,
-    kept: torch.Tensor,
-    clip: float,
-) -> tuple[torch.Tensor, float]:
-    "`(loss, share of tokens that hit the clip)`."
-    ratio = (logps - old)[kept].exp()
-    gain = ratio * advantage[kept]
-    bounded = ratio.clamp(1 - clip, 1 + clip) * advantage[kept]
-    return -torch.minimum(gain, bounded).mean(), (bounded < gain).float().mean().item()
 
 # %% ../../nbs/training/04c_ppo.ipynb #168c8175
 @dataclass
