@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import require
+from ..core.errors import RunError, require
 from ..core.run import write_json
 from .history import Watch, plain_row
 from .rollouts import Rollouts, pack, unpack
@@ -19,7 +19,7 @@ from .rollouts import Rollouts, pack, unpack
 BUFFER, WHOLE = "rollouts.safetensors", "whole.json"
 
 # %% auto #0
-__all__ = ['BUFFER', 'WHOLE', 'Exact', 'exact_trainer', 'last_checkpoint', 'without_bars', 'watcher', 'rows_of', 'train_with']
+__all__ = ['BUFFER', 'WHOLE', 'Exact', 'trainer_class', 'last_checkpoint', 'without_bars', 'watcher', 'rows_of', 'train_with']
 
 # %% ../../nbs/training/04e_exact.ipynb #4cb13ead
 class Exact:
@@ -46,10 +46,13 @@ class Exact:
         "Nothing: a model folder's card is `llmkit.json`."
 
 # %% ../../nbs/training/04e_exact.ipynb #24fbc81e
-def exact_trainer(name: str) -> Any:
+def trainer_class(
+    name: str,
+    exact: bool = True,  # False: as it is
+) -> Any:
     "trl's trainer class of that name, with `Exact` mixed in."
     base = getattr(require("trl", "train"), name)
-    return type(f"Exact{name}", (Exact, base), {})
+    return type(f"Exact{name}", (Exact, base), {}) if exact else base
 
 # %% ../../nbs/training/04e_exact.ipynb #1d98e5aa
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -93,17 +96,28 @@ def watcher(watch: Watch) -> Any:
 
 # %% ../../nbs/training/04e_exact.ipynb #a0d1fd13
 def rows_of(state: Any) -> list[dict[str, float]]:
-    "The rows of the trainer's log that belong to a step."
-    return [plain_row(row) for row in state.log_history if "loss" in row]
+    "The rows of the trainer's log that belong to a step; those that write nothing keep the rollout's numbers."
+    rows, rollout = [], dict[str, float]()
+    for row in (plain_row(log) for log in state.log_history if "loss" in log):
+        rollout = {k: row[k] for k in ("reward", "length") if k in row} or rollout
+        rows.append(rollout | row)
+    return rows
 
 # %% ../../nbs/training/04e_exact.ipynb #81124f19
 def train_with(trainer: Any, watch: Watch | None = None) -> list[dict[str, float]]:
     "Run `trainer` from its last whole checkpoint; the numbers of every step."
     from transformers import PrinterCallback
+    from transformers.trainer_utils import get_last_checkpoint
 
+    place = trainer.args.output_dir
+    Path(place).mkdir(parents=True, exist_ok=True)
+    last = last_checkpoint(place) if isinstance(trainer, Exact) else get_last_checkpoint(place)
     trainer.remove_callback(PrinterCallback)
     if watch:
         trainer.add_callback(watcher(watch))
     with without_bars():
-        trainer.train(resume_from_checkpoint=last_checkpoint(trainer.args.output_dir))
+        trainer.train(resume_from_checkpoint=last)
+    done, wanted = trainer.state.global_step, trainer.args.max_steps
+    if done < wanted:  # trl says so in a line of its log and goes on
+        raise RunError(f"trl stopped after {done} of {wanted} steps", "give more rows, or a smaller batch")
     return rows_of(trainer.state)

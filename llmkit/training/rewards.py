@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 from collections.abc import Callable, Sequence
+from doctest import DocTestParser, Example, OutputChecker
 from pathlib import Path
 from typing import Any
 
 from ..core.card import ModelCard, check_model_folder
 from ..core.errors import ConfigError, DataError, RunError
+from ..security.sandbox import Limits, run_python
 
 Reward = Callable[..., Any]  # reward(prompt, completion, **row) -> float, or the same over lists if `batched`
 
 # %% auto #0
-__all__ = ['Reward', 'solve', 'arithmetic', 'length', 'batched', 'load_scorer', 'save_scorer', 'model_reward', 'judged',
-           'weighted', 'score', 'name_of', 'attempt', 'number', 'text_of', 'for_trl']
+__all__ = ['Reward', 'HARNESS', 'solve', 'arithmetic', 'length', 'doctest_reward', 'passes', 'batched', 'load_scorer',
+           'save_scorer', 'model_reward', 'judged', 'weighted', 'score', 'name_of', 'attempt', 'number', 'text_of',
+           'for_trl']
 
 # %% ../../nbs/training/04a_rewards.ipynb #0370afc5
 def solve(text: str) -> int | None:
@@ -48,6 +52,42 @@ def length(words: int) -> Reward:
 
     reward.__name__ = f"length_{words}"
     return reward
+
+# %% ../../nbs/training/04a_rewards.ipynb #08ae4427
+HARNESS = """import runpy, sys, traceback
+names = runpy.run_path("solution.py")
+for source in {sources!r}:
+    print({mark!r}, flush=True)
+    try:
+        exec(compile(source, "<example>", "single"), names)
+    except Exception as e:
+        print("".join(traceback.format_exception_only(e)).strip())
+"""
+
+# %% ../../nbs/training/04a_rewards.ipynb #52ea4823
+def doctest_reward(limits: Limits | None = None) -> Reward:
+    "A reward for function bodies (or whole functions): the share of the doctests in `tests`, or the prompt, that pass."
+    limits = limits or Limits(seconds=5, cpu_seconds=5)
+
+    def doctests(prompt: str, completion: str, **row: Any) -> float:
+        examples = DocTestParser().get_examples(row.get("tests", prompt))
+        if not examples:
+            raise DataError(f"no doctests for the prompt {prompt!r}", "give rows `tests`, or prompts that hold some")
+        code = completion if completion.lstrip().startswith(("def ", "import ", "from ")) else prompt + completion
+        mark = secrets.token_hex(16)
+        harness = HARNESS.format(sources=[e.source for e in examples], mark=mark)
+        shown = run_python(harness, limits, {"solution.py": code}).stdout.split(mark + "\n")[1:]
+        return sum(passes(e, got) for e, got in zip(examples, shown, strict=False)) / len(examples)
+
+    return doctests
+
+# %% ../../nbs/training/04a_rewards.ipynb #a1815c45
+def passes(example: Example, got: str) -> bool:
+    "Whether what an example printed is what it should have."
+    if example.exc_msg is not None:
+        return got.strip().splitlines()[-1:] == [example.exc_msg.strip()]
+    flags = sum(flag for flag, on in example.options.items() if on)
+    return OutputChecker().check_output(example.want, got, flags)
 
 # %% ../../nbs/training/04a_rewards.ipynb #d222905d
 def batched(function: Reward) -> Reward:

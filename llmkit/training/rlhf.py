@@ -5,6 +5,7 @@
 # %% ../../nbs/training/04_rlhf.ipynb #0d4f7f61
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..core.card import ModelCard
 from ..core.config import Config
 from ..core.errors import require
 from ..models.factory import load_model, save_model
-from .exact import exact_trainer, train_with
+from .exact import train_with, trainer_class, without_bars
 from .history import Tuned, Watch
 from .ppo import check_reference
 from .resume import fingerprint
@@ -25,8 +26,8 @@ from .rewards import Reward, for_trl, name_of, save_scorer
 from .rows import Row, check_rows, encode_prompts, for_trainer
 
 # %% auto #0
-__all__ = ['TuneConfig', 'GroupConfig', 'Task', 'arguments', 'run', 'card_of', 'train_reward', 'train_offline', 'preference_args',
-           'train_dpo', 'train_kto', 'group_args', 'train_online', 'train_grpo', 'train_rloo']
+__all__ = ['TuneConfig', 'GroupConfig', 'Task', 'arguments', 'filled', 'run', 'card_of', 'train_reward', 'train_offline',
+           'preference_args', 'train_dpo', 'train_kto', 'group_args', 'train_online', 'train_grpo', 'train_rloo']
 
 # %% ../../nbs/training/04_rlhf.ipynb #c4836e9c
 @dataclass(kw_only=True)
@@ -73,6 +74,7 @@ class Task:
     checkpoints: str | Path | None = None
     reward: Reward | None = None
     reference: str | Path | None = None
+    exact: bool = True  # False: trl's trainer as it is, to compare with
 
     @property
     def key(self) -> str:
@@ -99,6 +101,13 @@ def arguments(task: Task, **over: Any) -> Any:
     common |= {"save_total_limit": 2, "dataloader_pin_memory": False}
     return getattr(require("trl", "train"), f"{task.method}Config")(**common | over)
 
+# %% ../../nbs/training/04_rlhf.ipynb #58bbcc91
+def filled(task: Task) -> list[Row]:
+    "The task's rows, repeated until they fill a rollout: trl drops one that is not full, without a word."
+    c = task.config
+    wanted = c.batch * c.per_rollout // c.generations if isinstance(c, GroupConfig) else 1
+    return task.rows * math.ceil(wanted / len(task.rows))
+
 # %% ../../nbs/training/04_rlhf.ipynb #b504ffb7
 def run(
     task: Task,
@@ -111,11 +120,9 @@ def run(
     "Train `model` in place, from the last checkpoint if there is one; the numbers of every step."
     from datasets import Dataset
 
-    from llmkit.training.exact import without_bars
-
-    data = Dataset.from_list(for_trainer(task.rows, task.config.chat))
+    data = Dataset.from_list(for_trainer(filled(task), task.config.chat))
     with without_bars():
-        trainer = exact_trainer(f"{task.method}Trainer")(
+        trainer = trainer_class(f"{task.method}Trainer", task.exact)(
             model=model, args=args, train_dataset=data, processing_class=tokenizer, **parts
         )
     return train_with(trainer, watch)
