@@ -18,14 +18,18 @@ from ..core.config import Config
 from ..core.tiny import END_IDS, tiny_tokenizer
 from ..data.chat import IGNORED
 from ..models.factory import ModelConfig, build, load_model, save_model
-from .optim import set_rate
+from .history import Tuned
+from .ppo import PPOConfig, train_ppo
 from .recipe import causal_loss, one_step
 from .resume import fingerprint
+from .rewards import arithmetic
+from .rlhf import GroupConfig, train_grpo
 from .rollouts import sample
 from .rows import Row, encode_prompts, pad_left, sums
 
 # %% auto #0
-__all__ = ['AdditionConfig', 'split_sums', 'sft_batch', 'fit_sums', 'accuracy', 'first_model']
+__all__ = ['AdditionConfig', 'split_sums', 'sft_batch', 'fit_sums', 'accuracy', 'first_model', 'addition_experiment',
+           'ppo_config', 'grpo_config', 'thinned']
 
 # %% ../../nbs/training/04h_addition.ipynb #c81f9d1b
 @dataclass(kw_only=True)
@@ -71,7 +75,6 @@ def sft_batch(tokenizer: Any, rows: list[Row]) -> tuple[torch.Tensor, torch.Tens
 def fit_sums(model: Any, tokenizer: Any, rows: list[Row], steps: int, lr: float, batch: int, seed: int) -> None:
     "Fine-tune `model` on sums in place."
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0), random.Random(seed)
-    set_rate([optimizer], 1.0)
     for _ in range(steps):
         ids, labels = sft_batch(tokenizer, rng.sample(rows, min(batch, len(rows))))
         one_step([optimizer], causal_loss(model, ids, labels=labels))
@@ -98,3 +101,44 @@ def first_model(config: AdditionConfig, rows: list[Row], seed: int, out: str | P
     model = build(ModelConfig(vocab_size=len(tokenizer), max_length=64, **shape), seed)
     fit_sums(model, tokenizer, rows, config.sft_steps, config.sft_lr, config.batch, seed)
     return save_model(model.eval(), tokenizer, out, ModelCard(data={"hash": fingerprint(rows)}))
+
+# %% ../../nbs/training/04h_addition.ipynb #5b31bbc6
+def addition_experiment(seed: int, config: AdditionConfig, home: str | Path) -> dict[str, Any]:
+    "Fine-tune, then go on by PPO, by GRPO and by more fine-tuning; held-out accuracy of each, and its curves."
+    training, held = split_sums(config, seed)
+    first = first_model(config, training, seed, Path(home) / "sft")
+    prompts = [{"prompt": r["prompt"]} for r in training]
+    runs: dict[str, Tuned] = {}
+    if config.ppo_steps:
+        runs["ppo"] = train_ppo(first, prompts, arithmetic, ppo_config(config, seed), Path(home) / "ppo")
+    if config.grpo_steps:
+        runs["grpo"] = train_grpo(first, prompts, arithmetic, grpo_config(config, seed), Path(home) / "grpo")
+    model, tokenizer = load_model(first)
+    fit_sums(model.train(), tokenizer, training, config.ppo_steps, config.rl_lr, config.batch, seed + 1)
+    folders = {"sft": first, "sft_more": save_model(model.eval(), tokenizer, Path(home) / "more")}
+    folders |= {name: run.folder for name, run in runs.items()}
+    row: dict[str, Any] = {"seed": seed} | {name: accuracy(folder, held) for name, folder in folders.items()}
+    seen = {name: accuracy(folder, training) for name, folder in folders.items()}
+    return row | {"seen": seen, "curves": {name: thinned(run.history) for name, run in runs.items()}}
+
+# %% ../../nbs/training/04h_addition.ipynb #b2a96f8f
+def ppo_config(config: AdditionConfig, seed: int) -> PPOConfig:
+    "PPO's settings here: large rollouts, gone through twice."
+    sizes: dict[str, Any] = {"steps": config.ppo_steps, "batch": 4 * config.batch, "minibatches": 4, "epochs": 2}
+    how: dict[str, Any] = {"lr": config.rl_lr, "kl": 0.01, "new_tokens": 4, "chat": False}
+    return PPOConfig(**sizes, **how, seed=seed, checkpoint_every=0)
+
+# %% ../../nbs/training/04h_addition.ipynb #7f46eb24
+def grpo_config(config: AdditionConfig, seed: int) -> GroupConfig:
+    "GRPO's settings here: eight answers to a prompt."
+    sizes: dict[str, Any] = {"steps": config.grpo_steps, "batch": config.batch, "generations": 8, "per_rollout": 4}
+    how: dict[str, Any] = {"lr": config.rl_lr, "beta": 0.01, "new_tokens": 4, "chat": False}
+    return GroupConfig(**sizes, **how, seed=seed, checkpoint_every=0)
+
+# %% ../../nbs/training/04h_addition.ipynb #b40de0fc
+def thinned(history: list[dict[str, float]], points: int = 40) -> list[dict[str, float]]:
+    "Means over equal stretches of a history, rounded: enough for a curve."
+    size = max(1, len(history) // points)
+    parts = [history[i : i + size] for i in range(0, len(history), size)]
+    names = [k for k in ("step", "reward", "kl", "entropy", "length") if k in history[0]]
+    return [{k: round(sum(r[k] for r in part) / len(part), 4) for k in names} for part in parts]

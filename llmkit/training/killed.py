@@ -48,7 +48,8 @@ def small_run(
 ) -> Tuned:
     "Twelve steps of a method."
     start, pairs = start_model(home / "start"), wrong_sums(sums(5))
-    out, common = home / f"out-{method}", {"steps": STEPS, "lr": 0.01, "chat": False, "checkpoint_every": every}
+    common: dict[str, Any] = {"steps": STEPS, "lr": 0.01, "chat": False, "checkpoint_every": every}
+    out = home / f"out-{method}"
     prompts = [{"prompt": p["prompt"]} for p in pairs]
     if method == "PPO":
         config = PPOConfig(batch=8, epochs=2, minibatches=2, new_tokens=3, kl_target=0.01, **common)
