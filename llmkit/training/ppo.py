@@ -18,15 +18,16 @@ from ..core.config import Config
 from ..core.errors import ModelError, RunError
 from ..models.factory import load_model, save_model
 from .history import Tuned, Watch
+from .kept import load_training, save_training
 from .objective import advantages, clipped_loss, whiten
-from .resume import Checkpoints, fingerprint
+from .resume import fingerprint
 from .rewards import Reward, name_of, score
 from .rollouts import Rollouts, sample
 from .rows import Row, check_rows, encode_prompts, pad_left
 
 # %% auto #0
 __all__ = ['PPOConfig', 'Actor', 'PPO', 'prepare_ppo', 'check_reference', 'chosen_rows', 'seed_of', 'roll_out', 'judge',
-           'collect', 'next_price', 'part_of', 'update', 'run_ppo', 'beside', 'keep', 'ppo_key', 'train_ppo']
+           'collect', 'next_price', 'part_of', 'update', 'run_ppo', 'due', 'ppo_key', 'train_ppo']
 
 # %% ../../nbs/training/04c_ppo.ipynb #66c030c2
 @dataclass(kw_only=True)
@@ -230,44 +231,35 @@ def update(ppo: PPO, rollouts: Rollouts, rows: torch.Tensor) -> dict[str, float]
     return {"loss": loss.item(), "value_loss": missed.item(), "clipped": hits, "grad_norm": norm.item()}
 
 # %% ../../nbs/training/04c_ppo.ipynb #7dc1af66
-def run_ppo(ppo: PPO, checkpoints: Checkpoints | None = None, watch: Watch | None = None) -> list[dict[str, float]]:
-    "All steps, from the last checkpoint if there is one; what each of them measured."
+def run_ppo(ppo: PPO, folder: Path | None = None, watch: Watch | None = None) -> list[dict[str, float]]:
+    "All steps, from what is kept in `folder` if there is something; what each of them measured."
     config = ppo.config
-    done, _ = checkpoints.load(ppo.actor, [ppo.optimizer]) if checkpoints else (0, [])
-    rollouts = Rollouts.load(beside(checkpoints, done)) if checkpoints and done else None
-    history: list[dict[str, float]] = rollouts.meta["history"] if rollouts else []
+    done, rollouts, history = load_training(folder, ppo.actor, ppo.optimizer) if folder else (0, None, [])
     for step in range(done, config.steps):
         if step % config.per_rollout == 0:
             rollouts = collect(ppo, step // config.per_rollout, next_price(config, rollouts))
         assert rollouts is not None
         row = update(ppo, rollouts, part_of(config, step))
         history.append({"step": step + 1} | row | rollouts.meta["seen"] | {"price": rollouts.meta["price"]})
-        if checkpoints and checkpoints.due(step + 1, config.steps):
-            keep(ppo, checkpoints, rollouts, history)
+        if folder and (step + 1 == config.steps or due(config, step + 1)):
+            save_training(folder, step + 1, ppo.actor, ppo.optimizer, rollouts, history)
         if watch:
             watch(history[-1])
     return history
 
-# %% ../../nbs/training/04c_ppo.ipynb #39845b0b
-def beside(checkpoints: Checkpoints, done: int) -> Path:
-    "Where the rollouts in use after `done` steps are kept."
-    return checkpoints.path.parent / f"rollouts-{done}.safetensors"
-
-# %% ../../nbs/training/04c_ppo.ipynb #5aa329e3
-def keep(ppo: PPO, checkpoints: Checkpoints, rollouts: Rollouts, history: list[dict[str, float]]) -> None:
-    "Write rollouts, then checkpoint; then delete the rollouts of the checkpoint before."
-    done = len(history)
-    path = replace(rollouts, meta=rollouts.meta | {"history": history}).save(beside(checkpoints, done))
-    checkpoints.save(done, ppo.actor, [ppo.optimizer], [row["loss"] for row in history])
-    for old in path.parent.glob("rollouts-*.safetensors"):
-        if old != path:
-            old.unlink()
+# %% ../../nbs/training/04c_ppo.ipynb #23647f5e
+def due(config: PPOConfig, done: int) -> bool:
+    "Whether a checkpoint is written after `done` steps."
+    return config.checkpoint_every > 0 and done % config.checkpoint_every == 0
 
 # %% ../../nbs/training/04c_ppo.ipynb #97682242
-def ppo_key(model_folder: str | Path, rows: list[Row], reward: Reward, config: PPOConfig) -> str:
-    "Fingerprint of what decides the numbers of a run."
+def ppo_key(
+    model_folder: str | Path, rows: list[Row], reward: Reward, config: PPOConfig, reference: str | Path | None
+) -> str:
+    "Fingerprint of what decides the numbers of a run; its checkpoints lie in a folder of that name."
     settings = {k: v for k, v in config.to_dict().items() if k != "checkpoint_every"}
-    return fingerprint(ModelCard.load(model_folder).revision, rows, name_of(reward), settings)
+    models = [ModelCard.load(f).revision for f in (model_folder, reference or model_folder)]
+    return fingerprint(models, rows, name_of(reward), settings)
 
 # %% ../../nbs/training/04c_ppo.ipynb #cc87b16a
 def train_ppo(
@@ -282,9 +274,9 @@ def train_ppo(
 ) -> Tuned:
     "Train the model folder by PPO into `out`."
     ppo = prepare_ppo(model_folder, rows, reward, config, reference)
-    key = ppo_key(model_folder, rows, reward, config)
-    places = Checkpoints(Path(checkpoints) / "ppo", key, config.checkpoint_every) if checkpoints else None
-    tuned = Tuned(Path(out), run_ppo(ppo, places, watch))
+    key = ppo_key(model_folder, rows, reward, config, reference)
+    folder = Path(checkpoints) / f"ppo-{key}" if checkpoints else None
+    tuned = Tuned(Path(out), run_ppo(ppo, folder, watch))
     card = ModelCard.load(model_folder)
     data = card.data | {"rl": {"method": "ppo", "rows": len(rows), "reward": name_of(reward)} | config.to_dict()}
     fresh = ModelCard(base_model=card.revision, data=data, metrics=tuned.metrics)
