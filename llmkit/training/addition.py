@@ -41,9 +41,9 @@ class AdditionConfig(Config):
     batch: Annotated[int, Ge(2)] = 64  # completions a step
     sft_steps: Annotated[int, Ge(1)] = 300
     sft_lr: Annotated[float, Gt(0)] = 3e-3
-    ppo_steps: Annotated[int, Ge(0)] = 1000  # 0 leaves the method out
-    grpo_steps: Annotated[int, Ge(0)] = 500
-    rl_lr: Annotated[float, Gt(0)] = 5e-4
+    ppo_steps: Annotated[int, Ge(0)] = 800  # 0 leaves the method out
+    grpo_steps: Annotated[int, Ge(0)] = 600
+    rl_lr: Annotated[float, Gt(0)] = 3e-4
 
     @classmethod
     def tiny(cls) -> AdditionConfig:
@@ -116,7 +116,7 @@ def addition_experiment(seed: int, config: AdditionConfig, home: str | Path) -> 
     if config.grpo_steps:
         runs["grpo"] = train_grpo(first, prompts, arithmetic, grpo_config(config, seed), Path(home) / "grpo")
     model, tokenizer = load_model(first)
-    fit_sums(model.train(), tokenizer, training, config.ppo_steps, config.rl_lr, config.batch, seed + 1)
+    fit_sums(model.train(), tokenizer, training, config.ppo_steps, config.sft_lr, config.batch, seed + 1)
     folders = {"sft": first, "sft_more": save_model(model.eval(), tokenizer, Path(home) / "more")}
     folders |= {name: run.folder for name, run in runs.items()}
     row: dict[str, Any] = {"seed": seed} | {name: accuracy(folder, held) for name, folder in folders.items()}
