@@ -20,9 +20,9 @@ from ..security.sandbox import Limits, run_python
 Reward = Callable[..., Any]  # reward(prompt, completion, **row) -> float, or the same over lists if `batched`
 
 # %% auto #0
-__all__ = ['Reward', 'HARNESS', 'solve', 'arithmetic', 'length', 'doctest_reward', 'passes', 'batched', 'load_scorer',
-           'save_scorer', 'model_reward', 'judged', 'weighted', 'score', 'name_of', 'attempt', 'number', 'text_of',
-           'for_trl']
+__all__ = ['Reward', 'HARNESS', 'solve', 'arithmetic', 'length', 'doctest_reward', 'examples_in', 'passes', 'batched',
+           'load_scorer', 'save_scorer', 'model_reward', 'judged', 'weighted', 'score', 'name_of', 'attempt', 'number',
+           'text_of', 'for_trl']
 
 # %% ../../nbs/training/04a_rewards.ipynb #0370afc5
 def solve(text: str) -> int | None:
@@ -70,7 +70,7 @@ def doctest_reward(limits: Limits | None = None) -> Reward:
     limits = limits or Limits(seconds=5, cpu_seconds=5)
 
     def doctests(prompt: str, completion: str, **row: Any) -> float:
-        examples = DocTestParser().get_examples(row.get("tests", prompt))
+        examples = examples_in(row.get("tests", prompt))
         if not examples:
             raise DataError(f"no doctests for the prompt {prompt!r}", "give rows `tests`, or prompts that hold some")
         code = completion if completion.lstrip().startswith(("def ", "import ", "from ")) else prompt + completion
@@ -80,6 +80,11 @@ def doctest_reward(limits: Limits | None = None) -> Reward:
         return sum(passes(e, got) for e, got in zip(examples, shown, strict=False)) / len(examples)
 
     return doctests
+
+# %% ../../nbs/training/04a_rewards.ipynb #2228c9d9
+def examples_in(text: str) -> list[Example]:
+    "The doctests in `text`, which may be code: the quotes that end a docstring are no part of what is expected."
+    return DocTestParser().get_examples(re.sub("\"{3}|'{3}", "\n\n", text))
 
 # %% ../../nbs/training/04a_rewards.ipynb #a1815c45
 def passes(example: Example, got: str) -> bool:
