@@ -120,7 +120,7 @@ def run(
     "Train `model` in place, from the last checkpoint if there is one; the numbers of every step."
     from datasets import Dataset
 
-    data = Dataset.from_list(for_trainer(filled(task), task.config.chat))
+    data = Dataset.from_list(for_trainer(filled(task), task.config.chat, tokenizer))
     with without_bars():
         trainer = trainer_class(f"{task.method}Trainer", task.exact)(
             model=model, args=args, train_dataset=data, processing_class=tokenizer, **parts

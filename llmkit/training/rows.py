@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..core.errors import DataError
+from ..data.chat import defuse
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -72,19 +73,20 @@ def wrong_sums(rows: list[Row], seed: int = 0) -> list[Row]:
     return [r if r["chosen"] != r["rejected"] else r | {"rejected": r["chosen"] + "0"} for r in made]
 
 # %% ../../nbs/training/04d_rows.ipynb #e8f3dbb4
-def for_trainer(rows: list[Row], chat: bool) -> list[Row]:
+def for_trainer(rows: list[Row], chat: bool, tokenizer: Any) -> list[Row]:
     "Rows with prompts and answers as conversations if `chat`, else as they are."
     if not chat:
         return rows
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
-    return [{k: [{"role": roles[k], "content": v}] if k in roles else v for k, v in r.items()} for r in rows]
+    said = lambda k, v: defuse(tokenizer, [{"role": roles[k], "content": v}])  # noqa: E731
+    return [{k: said(k, v) if k in roles else v for k, v in r.items()} for r in rows]
 
 # %% ../../nbs/training/04d_rows.ipynb #a45fd3eb
 def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     "Token ids of a prompt, up to where the answer begins."
     if not chat:
         return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
+    messages = defuse(tokenizer, [{"role": "user", "content": prompt}])
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 # %% ../../nbs/training/04d_rows.ipynb #e738cbc5
