@@ -25,7 +25,7 @@ def advantages(
     found = torch.zeros_like(values)
     ahead = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
-        ahead = (surprise[:, t] + gamma * lam * ahead) * kept[:, t]
+        ahead = surprise[:, t] + gamma * lam * ahead
         found[:, t] = ahead
     return found, (found + values) * kept
 
