@@ -5,7 +5,6 @@
 # %% ../../nbs/runner/02_run.ipynb #e695b8d0
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -19,29 +18,11 @@ from typing import Any
 
 from ..core import errors
 from ..core.errors import LLMKitError, RunError
-from ..core.run import read_json, write_json
+from ..core.run import locked, read_json, write_json
 from .inspect import check, find_job
 
 # %% auto #0
-__all__ = ['BRIEF', 'locked', 'kill_group', 'end_leftover', 'kernel_manager', 'interruptible', 'job_error', 'execute', 'claim',
-           'run_job']
-
-# %% ../../nbs/runner/02_run.ipynb #ccc551fc
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    "Hold `folder` for this process; `RunError` if another one does."
-    path = Path(folder) / ".lock"
-    with open(path, "a+", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            owner = f.read().strip() or "another process"
-            raise RunError(f"{folder} is in use by {owner}", "wait until it ends, or choose another --out") from e
-        f.truncate(0)
-        f.write(f"process {os.getpid()}")
-        f.flush()
-        yield
+__all__ = ['BRIEF', 'kill_group', 'end_leftover', 'kernel_manager', 'interruptible', 'job_error', 'execute', 'claim', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
