@@ -28,8 +28,8 @@ from .snapshot import SEAL, newest, prune, step_folder, write_snapshot
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'fingerprint', 'Point', 'random_state', 'restore_random', 'derive_random', 'write_rank', 'read_rank',
-           'own_tensors', 'differences', 'Checkpoints', 'agreement', 'choose', 'State', 'read_point']
+__all__ = ['log', 'fingerprint', 'Point', 'random_state', 'restore_random', 'kept_random', 'derive_random', 'write_rank',
+           'read_rank', 'own_tensors', 'differences', 'Checkpoints', 'agreement', 'choose', 'State', 'read_point']
 
 # %% ../../nbs/training/06_resume.ipynb #e5df647a
 def fingerprint(*things: Any) -> str:
@@ -37,7 +37,7 @@ def fingerprint(*things: Any) -> str:
     text = json.dumps(plain(list(things)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-# %% ../../nbs/training/06_resume.ipynb #fc4316ac
+# %% ../../nbs/training/06_resume.ipynb #670be46a
 @dataclass
 class Point:
     "Where a run stands, beside weights and optimizer."
@@ -48,7 +48,7 @@ class Point:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's own, e.g. a rollout buffer
     values: dict[str, Any] = field(default_factory=dict)  # this rank's own; JSON
 
-# %% ../../nbs/training/06_resume.ipynb #aa507a96
+# %% ../../nbs/training/06_resume.ipynb #e5209502
 def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     "The random states of this process, as `(tensors, JSON)`."
     tensors = {"torch": torch.get_rng_state()}
@@ -58,7 +58,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     numpy = [kind, np.asarray(words).tolist(), place, has, gauss]
     return tensors, {"python": random.getstate(), "numpy": numpy}
 
-# %% ../../nbs/training/06_resume.ipynb #2abf6366
+# %% ../../nbs/training/06_resume.ipynb #940575fb
 def restore_random(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
     "Put the states from `random_state` back."
     torch.set_rng_state(tensors["torch"])
@@ -68,7 +68,17 @@ def restore_random(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> 
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(values["numpy"]))
 
-# %% ../../nbs/training/06_resume.ipynb #43331544
+# %% ../../nbs/training/06_resume.ipynb #822f3dbe
+@contextmanager
+def kept_random() -> Iterator[None]:
+    "Whatever is drawn or seeded within it, afterwards the random states are what they were."
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random(*before)
+
+# %% ../../nbs/training/06_resume.ipynb #85b75e6d
 def derive_random(seed: int, done: int, rank: int) -> None:
     "Seed torch, Python and numpy for `rank` from step `done` on."
     number = int(fingerprint(seed, done, rank), 16) % 2**32
@@ -76,7 +86,7 @@ def derive_random(seed: int, done: int, rank: int) -> None:
     random.seed(number)
     np.random.seed(number)
 
-# %% ../../nbs/training/06_resume.ipynb #7eae0253
+# %% ../../nbs/training/06_resume.ipynb #bbfb11ec
 def write_rank(folder: Path, rank: int, point: Point) -> None:
     "What belongs to one rank, and the losses."
     from safetensors.torch import save_file
@@ -87,14 +97,14 @@ def write_rank(folder: Path, rank: int, point: Point) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"rank{rank}.safetensors")
     write_json(folder / f"rank{rank}.json", {"random": values, "own": point.values})
 
-# %% ../../nbs/training/06_resume.ipynb #f8cd9145
+# %% ../../nbs/training/06_resume.ipynb #f159f1c7
 def read_rank(folder: Path, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     "What `write_rank` wrote, as `(tensors, JSON)`."
     from safetensors.torch import load_file
 
     return load_file(folder / f"rank{rank}.safetensors"), read_json(folder / f"rank{rank}.json")
 
-# %% ../../nbs/training/06_resume.ipynb #f607ec4e
+# %% ../../nbs/training/06_resume.ipynb #839e335c
 def own_tensors(folder: Path, rank: int, world: int, saved: int) -> dict[str, torch.Tensor]:
     "This rank's own tensors; those of `saved` ranks are laid end to end and cut anew where `world` is another number."
     parts = [read_rank(folder, r)[0] for r in ([rank] if world == saved else range(saved))]
@@ -107,7 +117,7 @@ def own_tensors(folder: Path, rank: int, world: int, saved: int) -> dict[str, to
         raise ModelError(message, f"continue with {saved} processes, or a divisor of {len(whole[odd[0]])}")
     return {k: v.chunk(world)[rank].clone() for k, v in whole.items()}
 
-# %% ../../nbs/training/06_resume.ipynb #a246f5e9
+# %% ../../nbs/training/06_resume.ipynb #5ca1c881
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
     "What differs between two keys, as `name was, is now`."
     if isinstance(there, dict) and isinstance(here, dict):
@@ -146,12 +156,12 @@ class Checkpoints:
         "Delete all checkpoints: the model folder has what matters."
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../../nbs/training/06_resume.ipynb #f296e973
+# %% ../../nbs/training/06_resume.ipynb #8084d0dc
 def agreement(strategy: Any, yes: bool) -> bool:
     "Whether all ranks say yes."
     return yes if strategy.world == 1 else strategy.mean(torch.tensor(float(yes), device=strategy.device)).item() == 1
 
-# %% ../../nbs/training/06_resume.ipynb #08bc2537
+# %% ../../nbs/training/06_resume.ipynb #4f0336d7
 def choose(folder: Path, strategy: Any) -> Path | None:
     "The checkpoint that all ranks load; None if there is none."
     found = newest(folder) if strategy.rank == 0 else None
@@ -162,7 +172,7 @@ def choose(folder: Path, strategy: Any) -> Path | None:
     step = round(strategy.mean(number).item() * strategy.world)
     return step_folder(folder, step) if step >= 0 else None
 
-# %% ../../nbs/training/06_resume.ipynb #aea1db7c
+# %% ../../nbs/training/06_resume.ipynb #49accbcd
 class State(Checkpoints):
     "Saves and loads all that a resumed run needs to be equal to one that was never interrupted."
 
@@ -192,7 +202,7 @@ class State(Checkpoints):
         strategy.load(model, optimizer, path / "weights")
         return read_point(path, facts, strategy, self.seed)
 
-# %% ../../nbs/training/06_resume.ipynb #56860e91
+# %% ../../nbs/training/06_resume.ipynb #b4213e4b
 def read_point(path: Path, facts: dict[str, Any], strategy: Any, seed: int) -> Point:
     "Where the run of a checkpoint stood; the random states of this process are set to what they were."
     rank, world, saved = strategy.rank, strategy.world, facts["world"]
