@@ -43,12 +43,14 @@ class Pretraining(Shape):
     "A run's pretraining."
 
     length: Annotated[int, Ge(8)] = 48  # tokens in a training row
-    batch_size: Annotated[int, Ge(1)] = 8  # rows in a step
+    batch_size: Annotated[int, Ge(1)] = 8  # rows in a step, over all processes
+    micro_batch: Annotated[int, Ge(0)] = 0  # rows that a process computes at once; 0 is all of its share
     steps: Annotated[int, Ge(0)] = 30  # of pretraining
     lr: Annotated[float, Gt(0)] = 0.015  # Muon's, for the hidden matrices
     table_lr: Annotated[float, Gt(0)] = 0.02  # AdamW's, for embeddings and norms
     warmup: Annotated[int, Ge(0)] = 5  # steps
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.6  # share of the steps in which the rate falls to zero
+    clip: Annotated[float, Ge(0)] = 0.0  # largest norm of the gradient; 0 does not clip
     mix: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of instruction rows in the late batches
     mix_from: Annotated[float, Interval(ge=0, le=1)] = 0.5  # where they begin, as a share of the steps
 
@@ -64,8 +66,11 @@ class TrainJob(Pretraining):
     rank: Annotated[int, Ge(1)] = 8  # of the LoRA matrices
     alpha: Annotated[float, Gt(0)] = 16.0  # LoRA's output is scaled by alpha / rank
     sft_holes: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of holes to fill among the fine-tuning examples
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic; auto looks at the processor
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic; auto looks at the processor or GPU
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    compile: bool = False  # torch.compile; needs a C++ compiler
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 keeps only the end of each phase
+    keep: Annotated[int, Ge(1)] = 2  # checkpoints of a phase that are kept
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:

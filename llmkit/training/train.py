@@ -17,7 +17,7 @@ from ..models.factory import count, save_model
 from .job import TrainJob
 from .optim import resolve_precision
 from .peft import finetune
-from .recipe import pretrain, start
+from .pretrain import pretrain, start
 
 # %% auto #0
 __all__ = ['Trained', 'account', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
