@@ -272,8 +272,9 @@ class Single(Steps):
 
     def verify(self, model: nn.Module, loss: torch.Tensor) -> Verified:
         "Prove that the step was taken: finite loss, changed weights."
-        value = stepped(self, model, loss)
-        return Verified(self.name, 1, type(model).__name__, value, digest([loss]), digest(trained(model)))
+        weights = digest(trained(model))
+        value = stepped(self, loss, weights)
+        return Verified(self.name, 1, type(model).__name__, value, digest([loss]), weights)
 
     def close(self) -> None:
         "Nothing to leave."
@@ -284,20 +285,26 @@ def trained(model: nn.Module) -> list[Any]:
     return [p for p in model.parameters() if p.requires_grad]
 
 # %% ../../nbs/training/02_distributed.ipynb #92fc45a9
-def stepped(strategy: Any, model: nn.Module, loss: torch.Tensor) -> float:
+def stepped(
+    strategy: Any,
+    loss: torch.Tensor,
+    weights: str,  # fingerprint of the trained parameters
+) -> float:
     "The loss, if a step was made and changed the weights; `RunError` if not."
     value = loss.item()
     if not strategy.calls:
         raise RunError("verify before the first step proves nothing", "call it after strategy.step")
     if not math.isfinite(value):
         raise RunError(f"the loss of the first step is {value}", "look at the batch; lower the learning rate")
-    if strategy.taken and strategy.start == digest(whole(p) for p in trained(model)):
+    if strategy.taken and strategy.start == weights:
         raise RunError("the step changed no weight", "give the optimizer the parameters of the model in prepare")
     return value
 
 # %% ../../nbs/training/02_distributed.ipynb #263688e1
 STRATEGIES = {
     "single": "llmkit.training.distributed:Single",
+    "ddp": "llmkit.training.ddp:DDP",
+    "fsdp": "llmkit.training.fsdp:FSDP",
 }
 
 # %% ../../nbs/training/02_distributed.ipynb #6734b771
