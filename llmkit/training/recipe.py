@@ -25,7 +25,7 @@ from .stream import Batch
 # %% auto #0
 __all__ = ['Recipe', 'optimizers_for', 'causal_loss', 'attention_for', 'made_ready', 'objective_for', 'cut', 'train_step']
 
-# %% ../../nbs/training/01_recipe.ipynb #ae59e458
+# %% ../../nbs/training/01_recipe.ipynb #f33c9431
 @dataclass(kw_only=True)
 class Recipe(Config):
     "How a model is trained."
@@ -50,23 +50,26 @@ class Recipe(Config):
     @classmethod
     def pretraining(cls, **over: Any) -> Self:
         "From random weights, on text: long documents go on in the next row."
-        return cls(**({"optimizer": "muon", "lr": 0.015, "decay": 0.6, "clip": 0.0, "long": "split"} | over))
+        values: dict[str, Any] = {"optimizer": "muon", "lr": 0.015, "decay": 0.6, "clip": 0.0, "long": "split"}
+        return cls(**(values | over))
 
     @classmethod
     def continued(cls, **over: Any) -> Self:
         "From a trained model, on text of another kind: a tenth of the rate, so that less is forgotten."
-        return cls(**({"optimizer": "muon", "lr": 1.5e-3, "table_lr": 2e-3, "clip": 1.0, "long": "split"} | over))
+        values: dict[str, Any] = {"optimizer": "muon", "lr": 1.5e-3, "table_lr": 2e-3, "long": "split"}
+        return cls(**(values | over))
 
     @classmethod
     def sft(cls, **over: Any) -> Self:
         "On conversations: what is too long is left out, for an answer without its end teaches not to end."
-        return cls(**({"lr": 1e-4, "long": "drop"} | over))
+        values: dict[str, Any] = {"lr": 1e-4, "long": "drop"}
+        return cls(**(values | over))
 
     def rate(self, step: int) -> float:
         "Factor on the learning rate at `step`."
         return wsd(step, self.steps, self.warmup, self.decay)
 
-# %% ../../nbs/training/01_recipe.ipynb #07aec306
+# %% ../../nbs/training/01_recipe.ipynb #c53a152e
 def optimizers_for(recipe: Recipe, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     "The optimizers of `recipe` over what is trained of `model`."
     if recipe.optimizer == "muon":
@@ -100,7 +103,7 @@ def attention_for(model: Any, length: int) -> Iterator[None]:
     finally:
         model.set_attn_implementation(before)
 
-# %% ../../nbs/training/01_recipe.ipynb #4eb01f45
+# %% ../../nbs/training/01_recipe.ipynb #c39cab3e
 @contextmanager
 def made_ready(model: Any, recipe: Recipe, device: torch.device) -> Iterator[None]:
     "Within it `model` is set up for training as the recipe says."
@@ -111,13 +114,13 @@ def made_ready(model: Any, recipe: Recipe, device: torch.device) -> Iterator[Non
         if recipe.gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):
                 raise RunError(f"{type(model).__name__} has no gradient checkpointing", "set it to False")
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            stack.callback(model.gradient_checkpointing_disable)
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            stack.callback(model.activation_checkpointing_disable)
         model.train()
         stack.callback(model.train, training)
         yield
 
-# %% ../../nbs/training/01_recipe.ipynb #8671b4af
+# %% ../../nbs/training/01_recipe.ipynb #420f98b5
 def objective_for(model: Any, loss: Callable[..., torch.Tensor], recipe: Recipe) -> Objective:
     "The module that the loop calls."
     made = Objective(model, loss)
@@ -129,7 +132,7 @@ def objective_for(model: Any, loss: Callable[..., torch.Tensor], recipe: Recipe)
         made.compile()
     return made
 
-# %% ../../nbs/training/01_recipe.ipynb #e14fcbe3
+# %% ../../nbs/training/01_recipe.ipynb #428d5e4e
 def cut(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[tuple[dict[str, torch.Tensor], float]]:
     "This rank's pieces of a batch, each with its weight; weights of all ranks add up to `world`."
     learned = batch.learned()
@@ -146,7 +149,7 @@ def cut(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[tuple[d
         for a, b in bounds
     ]
 
-# %% ../../nbs/training/01_recipe.ipynb #b73e6daf
+# %% ../../nbs/training/01_recipe.ipynb #a16b1c0c
 def train_step(net: Any, optimizer: Any, batch: Batch, recipe: Recipe, strategy: Any) -> tuple[torch.Tensor, float]:
     "Forward, backward, update: this rank's loss, and the norm of the gradient before clipping."
     pieces = cut(batch, recipe.micro_batch, strategy.rank, strategy.world)

@@ -1,0 +1,78 @@
+"""Trainings that are killed, told to leave, and spread over processes are the trainings that were not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import fitting
+import pytest
+import torch
+from fitting import KINDS, KilledError, ranks, training, write_data
+
+from llmkit.training.launch import launch
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with data."""
+    write_data(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_is_equal(kind: str, home: Path) -> None:
+    """Killed at random steps, twice: the same losses and weights as uninterrupted, to the bit, ten times."""
+    losses, model = training(str(home), kind, "whole")
+    assert losses[-1] < losses[0]
+    chance = random.Random(kind)
+    for case in range(10):
+        first, every = chance.randrange(1, 8), chance.randrange(1, 5)
+        for die in (first, chance.randrange(0, 8 - first + first % every), 1000):
+            torch.manual_seed(chance.randrange(1000))  # what a new process would have
+            try:
+                again, same = training(str(home), kind, f"run{case}", every=every, die=die)
+                break
+            except KilledError:
+                continue
+        assert again == losses, (case, first, every)
+        assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True)), case
+
+
+def process(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """fitting.py in a process of its own."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    code = [sys.executable, fitting.__file__, str(home), *words]
+    return subprocess.run(code, capture_output=True, text=True, env=env, timeout=120)
+
+
+def test_told_to_leave(home: Path) -> None:
+    """SIGTERM in the middle of a step: a checkpoint after it, code 75, and the next process ends as if nothing was."""
+    whole = training(str(home), name="whole")[0]
+    left = process(home, "8")  # the second micro-batch of step 3
+    assert left.returncode == 75, left.stderr
+    assert "told to stop after step 3" in left.stderr and "start it again" in left.stderr
+    assert [p.name for p in (home / "told").glob("step-*")] != []
+    again = process(home)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == whole
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_read_the_same_rows(strategy: str, home: Path) -> None:
+    """The losses of one process, and a checkpoint of two goes on in one."""
+    alone = training(str(home), name="alone", dropout=False, micro_batch=1)[0]
+    options = {"folder": str(home), "strategy": strategy, "name": strategy, "dropout": False, "micro_batch": 2}
+    target = f"{fitting.__file__}:ranks"
+    both = launch(target, nproc=2, arguments=options, folder=home / "launch", restarts=0, echo=None).value
+    assert both == pytest.approx(alone, abs=1e-5)
+    saved = home / strategy / "step-00000006"
+    assert saved.is_dir()
+    for later in (home / strategy).glob("step-00000008"):
+        later.rename(home / "later")
+    torch.manual_seed(0)
+    assert ranks(folder=str(home), name=strategy, dropout=False, micro_batch=2) == pytest.approx(alone, abs=1e-5)
