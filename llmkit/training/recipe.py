@@ -23,12 +23,13 @@ from .optim import make_adamw, make_optimizers, wsd
 from .stream import Batch
 
 # %% auto #0
-__all__ = ['Recipe', 'optimizers_for', 'causal_loss', 'attention_for', 'made_ready', 'objective_for', 'cut', 'train_step']
+__all__ = ['Numbers', 'Recipe', 'optimizers_for', 'causal_loss', 'attention_for', 'made_ready', 'objective_for', 'cut',
+           'train_step']
 
-# %% ../../nbs/training/01_recipe.ipynb #f33c9431
+# %% ../../nbs/training/01_recipe.ipynb #1611546c
 @dataclass(kw_only=True)
-class Recipe(Config):
-    "How a model is trained."
+class Numbers(Config):
+    "The settings of a recipe."
 
     steps: Annotated[int, Ge(0)] = 100
     batch_size: Annotated[int, Ge(1)] = 8  # rows in a step, over all processes
@@ -46,6 +47,11 @@ class Recipe(Config):
     compile: bool = False  # torch.compile; needs a C++ compiler
     long: Literal["cut", "drop", "split", "refuse"] = "drop"  # what is done with sequences longer than `length`
     seed: int = 0
+
+# %% ../../nbs/training/01_recipe.ipynb #46eff3fb
+@dataclass(kw_only=True)
+class Recipe(Numbers):
+    "How a model is trained."
 
     @classmethod
     def pretraining(cls, **over: Any) -> Self:
@@ -69,7 +75,7 @@ class Recipe(Config):
         "Factor on the learning rate at `step`."
         return wsd(step, self.steps, self.warmup, self.decay)
 
-# %% ../../nbs/training/01_recipe.ipynb #c53a152e
+# %% ../../nbs/training/01_recipe.ipynb #ea333d76
 def optimizers_for(recipe: Recipe, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     "The optimizers of `recipe` over what is trained of `model`."
     if recipe.optimizer == "muon":
@@ -103,7 +109,7 @@ def attention_for(model: Any, length: int) -> Iterator[None]:
     finally:
         model.set_attn_implementation(before)
 
-# %% ../../nbs/training/01_recipe.ipynb #c39cab3e
+# %% ../../nbs/training/01_recipe.ipynb #5d4e45d9
 @contextmanager
 def made_ready(model: Any, recipe: Recipe, device: torch.device) -> Iterator[None]:
     "Within it `model` is set up for training as the recipe says."
@@ -120,7 +126,7 @@ def made_ready(model: Any, recipe: Recipe, device: torch.device) -> Iterator[Non
         stack.callback(model.train, training)
         yield
 
-# %% ../../nbs/training/01_recipe.ipynb #420f98b5
+# %% ../../nbs/training/01_recipe.ipynb #9710700b
 def objective_for(model: Any, loss: Callable[..., torch.Tensor], recipe: Recipe) -> Objective:
     "The module that the loop calls."
     made = Objective(model, loss)
@@ -132,7 +138,7 @@ def objective_for(model: Any, loss: Callable[..., torch.Tensor], recipe: Recipe)
         made.compile()
     return made
 
-# %% ../../nbs/training/01_recipe.ipynb #428d5e4e
+# %% ../../nbs/training/01_recipe.ipynb #c0f67509
 def cut(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[tuple[dict[str, torch.Tensor], float]]:
     "This rank's pieces of a batch, each with its weight; weights of all ranks add up to `world`."
     learned = batch.learned()
@@ -149,7 +155,7 @@ def cut(batch: Batch, micro: int, rank: int = 0, world: int = 1) -> list[tuple[d
         for a, b in bounds
     ]
 
-# %% ../../nbs/training/01_recipe.ipynb #a16b1c0c
+# %% ../../nbs/training/01_recipe.ipynb #8d1a9dbb
 def train_step(net: Any, optimizer: Any, batch: Batch, recipe: Recipe, strategy: Any) -> tuple[torch.Tensor, float]:
     "Forward, backward, update: this rank's loss, and the norm of the gradient before clipping."
     pieces = cut(batch, recipe.micro_batch, strategy.rank, strategy.world)
