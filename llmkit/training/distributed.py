@@ -305,6 +305,9 @@ STRATEGIES = {
     "single": "llmkit.training.distributed:Single",
     "ddp": "llmkit.training.ddp:DDP",
     "fsdp": "llmkit.training.fsdp:FSDP",
+    "zero1": "llmkit.training.zero:Zero1",
+    "zero2": "llmkit.training.zero:Zero2",
+    "zero3": "llmkit.training.zero:Zero3",
 }
 
 # %% ../../nbs/training/02_distributed.ipynb #6734b771
