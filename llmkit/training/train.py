@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .peft import finetune
 from .pretrain import pretrain, start
 
 # %% auto #0
-__all__ = ['Trained', 'account', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
+__all__ = ['Log', 'Trained', 'account', 'named', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
 
 # %% ../../nbs/training/03a_train.ipynb #41824b06
 @dataclass
@@ -48,20 +49,31 @@ def account(job: TrainJob, prepared: Any, parameters: int) -> dict[str, Any]:
     run |= {"precision": resolve_precision(job.precision), "sft_examples": job.sft_steps * job.sft_batch}
     return {"hash": prepared.profile["hash"], "run": run, "job": job.to_dict()}
 
+# %% ../../nbs/training/03a_train.ipynb #aad1d132
+Log = Callable[[dict[str, float], int], Any]
+
+# %% ../../nbs/training/03a_train.ipynb #02897099
+def named(log: Log | None, prefix: str) -> Log | None:
+    "`log` with `prefix` before the names of numbers, without the loss."
+    if log is None:
+        return None
+    return lambda values, step: log({prefix + k: v for k, v in values.items() if k != "loss"}, step)
+
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
 def train(
     job: TrainJob,
     prepared: Any,  # llmkit.data.prepared.Prepared
     folder: str | Path,  # the model folder to write
     checkpoints: str | Path | None = None,  # where to keep and look for checkpoints
+    log: Log | None = None,  # gets norms, rates and speed of both phases, and the step, now and then
 ) -> Trained:
     "Pretrain, fine-tune, save; continues from `checkpoints` if a run of the same job left some there."
     model = start(job, prepared.tokenizer)
     parameters = count(model)
-    losses = pretrain(job, prepared, model, checkpoints)
+    losses = pretrain(job, prepared, model, checkpoints, log=named(log, ""))
     tuned: list[float] = []
     if job.sft_steps:
-        model, tuned = finetune(job, prepared, model, checkpoints)
+        model, tuned = finetune(job, prepared, model, checkpoints, log=named(log, "sft_"))
     last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
     last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
     base = ModelCard.load(job.base).revision if job.base else ""
