@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import fitting
 import pytest
 import torch
+from conftest import command
 from fitting import KINDS, KilledError, ranks, training, write_data
 
 from llmkit.training.launch import launch
@@ -76,3 +80,26 @@ def test_two_processes_read_the_same_rows(strategy: str, home: Path) -> None:
         later.rename(home / "later")
     torch.manual_seed(0)
     assert ranks(folder=str(home), name=strategy, dropout=False, micro_batch=2) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_job_is_told_to_leave(tmp_path: Path) -> None:
+    """SIGTERM to `llmkit run train_model`: code 75, nothing left behind, and the same command ends as if nothing was."""
+    given = ["-p", "steps", "120", "-p", "sft_steps", "4", "-p", "checkpoint_every", "7", "-p", "precision", "fp32"]
+    words = command("run", "train_model", "--out", "run", *given)
+    env = os.environ | {"COLUMNS": "200"}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(words, cwd=tmp_path, env=env, **pipes)
+    while not any(tmp_path.glob("run/checkpoints/pretrain/step-*")):
+        assert first.poll() is None, first.stderr.read() if first.stderr else ""
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 75, error
+    assert "told to stop after pretraining step" in error
+    again = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    words[words.index("run", words.index("--out"))] = "whole"
+    whole = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert whole.returncode == 0, whole.stderr
+    cards = [json.loads((tmp_path / name / "model/llmkit.json").read_text()) for name in ("run", "whole")]
+    assert cards[0]["metrics"] == cards[1]["metrics"]
