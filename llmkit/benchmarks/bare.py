@@ -5,6 +5,7 @@
 # %% ../../nbs/benchmarks/04_bare.ipynb #0d597ee6
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -12,25 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import LLMKitError, ModelError
+from ..engine.runners import variant_folder
 
 # %% auto #0
 __all__ = ['make_variant', 'make_variants', 'usable', 'time_runner', 'bench_variant', 'time_engine', 'bench_engine']
 
 # %% ../../nbs/benchmarks/04_bare.ipynb #b4bc9afe
 def make_variant(folder: Path, name: str) -> None:
-    "Export a variant of a model folder, unless it is there."
-    if (folder / "variants" / name / "made_from.json").exists():
-        return
-    if name == "w8a8":
-        try:
-            from llmkit.optimization.quantize import export_w8a8
-        except ImportError as e:
-            raise ModelError(f"this llmkit cannot make w8a8 ({e})", "use int4") from e
-        export_w8a8(folder)
-    else:
-        from llmkit.optimization.export import export_onnx
+    "Export a variant of a model folder, unless it is there and of this version."
+    from llmkit.optimization.export import export_onnx
 
-        export_onnx(folder, name)  # type: ignore[arg-type]
+    with contextlib.suppress(ModelError):
+        variant_folder(folder, name)
+        return
+    export_onnx(folder, name)  # type: ignore[arg-type]
 
 # %% ../../nbs/benchmarks/04_bare.ipynb #9be2034f
 def make_variants(folder: Path, names: Sequence[str]) -> dict[str, str]:

@@ -122,7 +122,7 @@ def eos_ids(
 
 # %% ../../nbs/engine/04_runners.ipynb #d8ee4dcc
 MADE_FROM = "made_from.json"  # in a variant's folder: {"revision": ..., "format": ..., ...}
-FORMAT = 2  # of the graphs: since 2 the positions whose logits are wanted are an input
+FORMAT = 3  # of the graphs: since 2 the positions whose logits are wanted are an input, since 3 int4 is our own
 
 # %% ../../nbs/engine/04_runners.ipynb #b57045d4
 def variant_folder(

@@ -5,20 +5,16 @@
 # %% ../../nbs/optimization/02_quantize.ipynb #a79110d6
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from ..core.card import check_model_folder, revision
-from ..core.errors import ModelError
-from ..core.run import write_json
-from ..engine.runners import FORMAT, MADE_FROM
-from .export import build_graph, replacing
+from .int4 import quantized_lookup
+from .products import Parts, products, replace
 
 # %% auto #0
-__all__ = ['CONSTANTS', 'quantize_columns', 'quantize_rows', 'integer_product', 'rewrite', 'export_w8a8']
+__all__ = ['CONSTANTS', 'quantize_columns', 'quantize_rows', 'integer_product', 'integers', 'rewrite_w8a8']
 
 # %% ../../nbs/optimization/02_quantize.ipynb #9591947b
 def quantize_columns(
@@ -54,54 +50,25 @@ def integer_product(x: str, weight: str, out: str) -> list[Any]:
     "Nodes that make `out` from the quantized `x` and the quantized matrix `weight`."
     from onnx.helper import make_node
 
-    names = [f"{x}.q", f"{weight}.q", "w8a8.scale", f"{weight}.s", "w8a8.zero", "w8a8.weight_zero"]
+    names = [f"{x}.q", f"{weight}.w8", "w8a8.scale", f"{weight}.w8s", "w8a8.zero", "w8a8.weight_zero"]
     return [
         make_node("MatMulIntegerToFloat", names, [f"{out}.unit"], domain="com.microsoft"),
         make_node("Mul", [f"{out}.unit", f"{x}.max"], [out]),
     ]
 
 # %% ../../nbs/optimization/02_quantize.ipynb #6062b310
-def rewrite(graph: Any) -> None:
-    "Replace the products with constant matrices in an ONNX graph by row-wise eight-bit ones, in place."
-    from onnx.numpy_helper import from_array, to_array
+def integers(graph: Any) -> Iterator[tuple[str, Parts]]:
+    "What computes each product and the look-up of an fp32 graph in its w8a8 one."
+    from onnx.numpy_helper import to_array
 
     held = {i.name: i for i in graph.initializer}
-    nodes: list[Any] = []
-    made, done, gone = dict(CONSTANTS), set[str](), set[str]()
-    for node in graph.node:
-        weight = next((n for n in node.input if n in held and len(held[n].dims) == 2), "")
-        if node.op_type == "Transpose" and weight:
-            made[node.output[0]] = np.ascontiguousarray(to_array(held[weight]).T)
-        elif node.op_type == "MatMul" and weight:
-            x = node.input[0]
-            nodes += [*([] if x in done else quantize_rows(x)), *integer_product(x, weight, node.output[0])]
-            made[f"{weight}.q"], made[f"{weight}.s"] = quantize_columns(to_array(held[weight]))
-            done.add(x)
-            gone.add(weight)
-        else:
-            nodes.append(node)
-    kept = [i for i in graph.initializer if i.name not in gone]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend([*kept, *(from_array(a, n) for n, a in made.items())])
+    for p in products(graph):
+        q, s = quantize_columns(to_array(held[p.weight]))
+        constants = CONSTANTS | {f"{p.weight}.w8": q, f"{p.weight}.w8s": s}
+        yield p.out, Parts(quantize_rows(p.x) + integer_product(p.x, p.weight, p.out), constants)
+    yield from quantized_lookup(graph, 8)
 
 # %% ../../nbs/optimization/02_quantize.ipynb #e4aca4ba
-def export_w8a8(model_folder: str | Path) -> Path:
-    "Export a model to `model_folder/variants/w8a8` and return that folder; an older one is replaced."
-    import onnx
-
-    folder = check_model_folder(model_folder)
-    target = folder / "variants" / "w8a8"
-    with replacing(target) as fresh:
-        build_graph(folder, fresh / "fp32", "fp32")
-        model = onnx.load(fresh / "fp32" / "model.onnx")
-        rewrite(model.graph)
-        if not any(n.op_type == "MatMulIntegerToFloat" for n in model.graph.node):
-            raise ModelError(
-                f"the graph of {folder} has no matrix product to quantize", "serve it with another variant"
-            )
-        onnx.save_model(model, fresh / "model.onnx", save_as_external_data=True, location="model.onnx.data")
-        shutil.copy(fresh / "fp32" / "genai_config.json", fresh)
-        shutil.rmtree(fresh / "fp32")
-        write_json(fresh / MADE_FROM, {"revision": revision(folder), "format": FORMAT, "precision": "w8a8"})
-    return target
+def rewrite_w8a8(graph: Any) -> None:
+    "Replace the products and the look-up of an fp32 ONNX graph by row-wise eight-bit ones, in place."
+    replace(graph, dict(integers(graph)))
