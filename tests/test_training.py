@@ -81,8 +81,9 @@ def test_two_processes_read_the_same_rows(strategy: str, home: Path) -> None:
     torch.manual_seed(0)
     assert ranks(folder=str(home), name=strategy, dropout=False, micro_batch=2) == pytest.approx(alone, abs=1e-5)
 
+
+def test_a_job_is_told_to_leave(tmp_path: Path) -> None:
     """SIGTERM to `llmkit run train_model`: code 75, and the same command then ends as if nothing was."""
-    """SIGTERM to `llmkit run train_model`: code 75, nothing left behind, and the same command ends as if nothing was."""
     given = ["-p", "steps", "120", "-p", "sft_steps", "4", "-p", "checkpoint_every", "7", "-p", "precision", "fp32"]
     words = command("run", "train_model", "--out", "run", *given)
     env = os.environ | {"COLUMNS": "200"}

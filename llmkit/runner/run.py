@@ -22,8 +22,8 @@ from ..core.run import locked, read_json, write_json
 from .inspect import check, find_job
 
 # %% auto #0
-__all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'interruptible', 'job_error', 'execute',
-           'claim', 'run_job']
+__all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
+           'execute', 'claim', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -78,10 +78,10 @@ def kernel_manager(
 
     return JobKernel
 
-# %% ../../nbs/runner/02_run.ipynb #95173090
+# %% ../../nbs/runner/02_run.ipynb #9aff6deb
 GRACE = 30.0  # seconds that a kernel which handles SIGTERM has to end by itself
 
-# %% ../../nbs/runner/02_run.ipynb #f67ac922
+# %% ../../nbs/runner/02_run.ipynb #86829840
 def listens(pid: int) -> bool:
     "Whether process `pid` handles SIGTERM itself; False where the system does not tell."
     try:
@@ -90,6 +90,16 @@ def listens(pid: int) -> bool:
         return False
     caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), "0")
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+# %% ../../nbs/runner/02_run.ipynb #91d0c04b
+def asked(pids: list[int], timer: threading.Timer) -> bool:
+    "Whether one of the processes handles SIGTERM; it is sent to those, and `timer` is started."
+    listening = [pid for pid in pids if listens(pid)]
+    for pid in listening:
+        os.kill(pid, signal.SIGTERM)
+    if listening and not timer.is_alive():
+        timer.start()
+    return bool(listening)
 
 # %% ../../nbs/runner/02_run.ipynb #7f32e36d
 @contextmanager
@@ -148,16 +158,11 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
 
     timer = threading.Timer(GRACE, stop)
 
-    def ask() -> bool:
-        listening = [pid for pid in pids if listens(pid)]
-        for pid in listening:
-            os.kill(pid, signal.SIGTERM)
-        if listening and not timer.is_alive():
-            timer.start()
-        return bool(listening)
-
     try:
-        with tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets, interruptible(stop, ask):
+        with (
+            tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets,
+            interruptible(stop, lambda: asked(pids, timer)),
+        ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3"}
             papermill.execute_notebook(notebook, executed, params, progress_bar=False, **options)
