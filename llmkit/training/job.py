@@ -71,6 +71,18 @@ class TrainJob(Pretraining):
     compile: bool = False  # torch.compile; needs a C++ compiler
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 keeps only the end of each phase
     keep: Annotated[int, Ge(1)] = 2  # checkpoints of a phase that are kept
+    strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"  # how processes share the work
+    nproc: Annotated[int, Ge(1)] = 1  # processes on each node, one per GPU
+    nnodes: Annotated[int, Ge(1)] = 1  # nodes, each of which runs this job
+
+    def validate(self) -> None:
+        "One process is strategy single, several are one of the others."
+        processes = self.nproc * self.nnodes
+        if (self.strategy == "single") != (processes == 1):
+            self.fail(
+                "strategy",
+                "must be ddp, fsdp, zero1, zero2 or zero3" if processes > 1 else "must be single in one process",
+            )
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:

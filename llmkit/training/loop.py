@@ -26,7 +26,8 @@ from .stream import Batch, Batches
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'lost', 'Step', 'checked_step', 'Training', 'fit', 'meter_for', 'state_for']
+__all__ = ['logger', 'lost', 'Step', 'checked_step', 'Training', 'fit', 'meter_for', 'state_for', 'write_gathered',
+           'read_gathered']
 
 # %% ../../nbs/training/01d_loop.ipynb #4584c1b8
 def lost(what: str, step: int, batch: Batch, why: str, state: State | None) -> RunError:
@@ -102,6 +103,7 @@ def fit(
     loss: Callable[..., torch.Tensor] = causal_loss,  # of the model and a batch's inputs
     log: Callable[[dict[str, float], int], Any] | None = None,  # gets numbers and a step, now and then
     what: str = "step",  # for the progress display
+    gathered: str | Path | None = None,  # a file for the trained weights, put together from all processes
 ) -> list[float]:
     "Train `model` on `batches`, from the last checkpoint if there is one; the loss of every step."
     strategy = strategy or Single(recipe.precision)
@@ -125,6 +127,8 @@ def fit(
                 run.save(step + 1)
             if asked and state and step + 1 < recipe.steps:
                 raise Preempted(f"told to stop after {what} {step + 1}", f"start it again to go on from {state.folder}")
+        if gathered:
+            write_gathered(strategy, net, Path(gathered))
     return point.losses
 
 # %% ../../nbs/training/01d_loop.ipynb #04de7567
@@ -151,3 +155,25 @@ def state_for(
     shapes = fingerprint({n: list(p.shape) for n, p in model.named_parameters()})
     key = {"model": shapes, "recipe": recipe.to_dict(), "data": batches.key} | more
     return State(folder, key, every, keep, recipe.seed)
+
+# %% ../../nbs/training/01d_loop.ipynb #2d88c263
+def write_gathered(strategy: Any, net: Any, path: Path) -> None:
+    "Write the weights of all ranks into one file; all ranks call it and return when it is there."
+    from safetensors.torch import save_file
+
+    weights = strategy.full_state(net)
+    if strategy.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: w.contiguous() for name, w in weights.items()}, path)
+    strategy.barrier()
+
+# %% ../../nbs/training/01d_loop.ipynb #9e0ff14e
+@torch.no_grad()
+def read_gathered(model: Any, path: Path) -> Any:
+    "The weights of a file that `fit` wrote, put into `model`, which is returned."
+    from safetensors.torch import load_file
+
+    weights = load_file(path)
+    for name, p in model.named_parameters():
+        p.copy_(weights[name])
+    return model

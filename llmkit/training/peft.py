@@ -18,7 +18,7 @@ from ..data.chat import IGNORED, encode_pairs
 from ..data.code import fim_prompt
 from ..data.tokenizer import EOS, encode_texts
 from .job import TrainJob
-from .loop import fit, state_for
+from .loop import fit, read_gathered, state_for
 from .optim import resolve_precision
 from .recipe import Recipe
 from .stream import Batch, ByStep
@@ -134,6 +134,7 @@ def finetune(
     folder: str | Path | None = None,  # where checkpoints go; None keeps none
     strategy: Any = None,  # llmkit.training.distributed.Strategy; None is this process alone
     log: Any = None,  # gets numbers and a step, now and then
+    rebuild: Callable[[], Any] | None = None,  # makes `model` again, which the strategy may have cut into pieces
 ) -> tuple[Any, list[float]]:
     "LoRA on the instruction pairs; `(plain model with the adapter merged, loss of every step)`."
     at = batches(examples(job, prepared), job.sft_batch, prepared.tokenizer.pad_token_id, job.seed)
@@ -143,5 +144,10 @@ def finetune(
     if folder:
         adapter = {"rank": job.rank, "alpha": job.alpha, "holes": job.sft_holes}
         state = state_for(Path(folder) / "finetune", model, made, recipe, job.checkpoint_every, job.keep, **adapter)
-    losses = fit(model, made, recipe, strategy, state, log=log, what="fine-tuning step")
+    whole = Path(folder) / "finetune.safetensors" if folder and rebuild else None
+    losses = fit(model, made, recipe, strategy, state, log=log, what="fine-tuning step", gathered=whole)
+    if rebuild and whole:
+        model = rebuild()
+        wrapped = add_lora(model, job.rank, job.alpha, job.seed)
+        read_gathered(model, whole)
     return wrapped.merge_and_unload().eval(), losses

@@ -41,6 +41,7 @@ def pretrain(
     folder: str | Path | None = None,  # where checkpoints go; None keeps none
     strategy: Any = None,  # llmkit.training.distributed.Strategy; None is this process alone
     log: Any = None,  # gets numbers and a step, now and then
+    gathered: Path | None = None,  # a file for the trained weights, put together from all processes
 ) -> list[float]:
     "Train `model` on the corpus, with instructions mixed in late; the loss (nats a token) of every step."
     mix_from = round(job.mix_from * job.steps)
@@ -50,7 +51,7 @@ def pretrain(
     if folder:
         mixed = {"mix": job.mix, "mix_from": mix_from}
         state = state_for(Path(folder) / "pretrain", model, batches, recipe, job.checkpoint_every, job.keep, **mixed)
-    return fit(model, batches, recipe, strategy, state, log=log, what="pretraining step")
+    return fit(model, batches, recipe, strategy, state, log=log, what="pretraining step", gathered=gathered)
 
 # %% ../../nbs/training/01e_pretrain.ipynb #ef1d47d3
 def train_further(
