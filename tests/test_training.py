@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import command
 from fitting import KINDS, KilledError, ranks, training, write_data
+from safetensors.torch import load_file
 
 from llmkit.training.launch import launch
 
@@ -103,3 +104,27 @@ def test_a_job_is_told_to_leave(tmp_path: Path) -> None:
     assert whole.returncode == 0, whole.stderr
     cards = [json.loads((tmp_path / name / "model/llmkit.json").read_text()) for name in ("run", "whole")]
     assert cards[0]["metrics"] == cards[1]["metrics"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+def test_train_model_on_two_processes(strategy: str, tmp_path: Path) -> None:
+    """`llmkit train --nproc 2` writes the model that one process writes, up to rounding."""
+    given = ["-p", "steps", "6", "-p", "sft_steps", "3", "-p", "precision", "fp32", "-p"]
+    data = ["data", str(tmp_path / "one/data")]
+    if strategy.startswith("zero"):
+        given = ["-p", "optimizer", "adamw", "-p", "lr", "0.003", *given]
+    env = os.environ | {"COLUMNS": "200"}
+    for words in (
+        ["--out", "one", *given[:-1]],
+        ["--out", "two", "--nproc", "2", "--strategy", strategy, *given, *data],
+    ):
+        done = subprocess.run(
+            command("train", *words), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stderr
+    cards = [json.loads((tmp_path / name / "model/llmkit.json").read_text())["metrics"] for name in ("one", "two")]
+    assert cards[1] == pytest.approx(cards[0], abs=1e-4)
+    assert not (tmp_path / "two/checkpoints").exists()
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(w, weights[1][name], atol=2e-2) for name, w in weights[0].items())

@@ -46,7 +46,8 @@ class Pretraining(Shape):
     batch_size: Annotated[int, Ge(1)] = 8  # rows in a step, over all processes
     micro_batch: Annotated[int, Ge(0)] = 0  # rows that a process computes at once; 0 is all of its share
     steps: Annotated[int, Ge(0)] = 30  # of pretraining
-    lr: Annotated[float, Gt(0)] = 0.015  # Muon's, for the hidden matrices
+    optimizer: Literal["muon", "adamw"] = "muon"  # of pretraining; ZeRO needs adamw
+    lr: Annotated[float, Gt(0)] = 0.015  # Muon's, for the hidden matrices, or AdamW's for all
     table_lr: Annotated[float, Gt(0)] = 0.02  # AdamW's, for embeddings and norms
     warmup: Annotated[int, Ge(0)] = 5  # steps
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.6  # share of the steps in which the rate falls to zero
@@ -83,6 +84,8 @@ class TrainJob(Pretraining):
                 "strategy",
                 "must be ddp, fsdp, zero1, zero2 or zero3" if processes > 1 else "must be single in one process",
             )
+        if self.strategy.startswith("zero") and self.optimizer == "muon" and self.steps:
+            self.fail("optimizer", "must be adamw under ZeRO, which cannot cut Muon's matrices; lr is then AdamW's")
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:

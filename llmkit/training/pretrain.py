@@ -29,7 +29,19 @@ def start(job: TrainJob, tokenizer: Any) -> Any:
 # %% ../../nbs/training/01e_pretrain.ipynb #7f49544d
 def pretraining_recipe(job: TrainJob) -> Recipe:
     "The recipe of a job's pretraining."
-    names = ["steps", "batch_size", "micro_batch", "length", "lr", "table_lr", "warmup", "decay", "clip", "seed"]
+    names = [
+        "steps",
+        "batch_size",
+        "micro_batch",
+        "length",
+        "optimizer",
+        "lr",
+        "table_lr",
+        "warmup",
+        "decay",
+        "clip",
+        "seed",
+    ]
     names += ["gradient_checkpointing", "compile"]
     return Recipe.pretraining(**{n: getattr(job, n) for n in names}, precision=resolve_precision(job.precision))
 
