@@ -106,7 +106,7 @@ def test_a_job_is_told_to_leave(tmp_path: Path) -> None:
     assert cards[0]["metrics"] == cards[1]["metrics"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.soak)])
 def test_train_model_on_two_processes(strategy: str, tmp_path: Path) -> None:
     """`llmkit train --nproc 2` writes the model that one process writes, up to rounding."""
     given = ["-p", "steps", "6", "-p", "sft_steps", "3", "-p", "precision", "fp32", "-p"]

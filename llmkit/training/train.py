@@ -71,10 +71,8 @@ def named(log: Log | None, prefix: str) -> Log | None:
 def joined(job: TrainJob) -> Iterator[Any]:
     "The strategy of one phase, left at its end."
     strategy = make_strategy(job.strategy, resolve_precision(job.precision))
-    try:
-        yield strategy
-    finally:
-        strategy.close()
+    yield strategy
+    strategy.close()  # not after a failure: it waits for the other ranks, which would hide what happened
 
 # %% ../../nbs/training/03a_train.ipynb #ef64f818
 def phases(job: TrainJob, prepared: Any, folder: Path | None, log: Log | None) -> tuple[Any, list[float], list[float]]:
