@@ -44,6 +44,8 @@ def make_adamw(
 ) -> torch.optim.AdamW:
     "AdamW over everything that is trained."
     free = [p for p in model.parameters() if p.requires_grad]
+    if not weight_decay:
+        return torch.optim.AdamW(free, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     groups = [
         {"params": [p for p in free if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},

@@ -74,7 +74,11 @@ def together(work: Callable[[], Any], agree: Agree) -> None:
         work()
     except Exception as e:  # noqa: BLE001 - whatever it is, the other ranks wait for this one's word
         failure = e
-    if agree(failure is None):
+    try:
+        good = agree(failure is None)
+    except Exception as e:  # the others are stuck in the work: why this one is not is what matters
+        raise failure or e from e
+    if good:
         return
     raise failure or RunError("another rank could not do its part", "see its message")
 
@@ -128,7 +132,8 @@ def cannot_write(root: Path, done: int, cause: Exception) -> RunError:
     why = "the disk is full" if full else (str(cause).splitlines() or [type(cause).__name__])[0][:120]
     older = [p.name for p in snapshots(root)[:1]]
     kept = f"{older[0]} is whole, start again to continue from it" if older else "there was none before it"
-    return RunError(f"the checkpoint after step {done} could not be written to {root}: {why}", f"make room; {kept}")
+    hint = f"make room; {kept}" if full else kept
+    return RunError(f"the checkpoint after step {done} could not be written to {root}: {why}", hint)
 
 # %% ../../nbs/training/06a_snapshot.ipynb #83c1c14a
 def snapshots(root: Path) -> list[Path]:
