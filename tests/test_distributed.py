@@ -194,7 +194,7 @@ def test_no_orphans(victim: str, number: signal.Signals, tmp_path: Path) -> None
         started.wait()
 
 
-def node(n: int, home: Path, **words: Any) -> subprocess.Popen[str]:
+def node(n: int, logs: Path, **words: Any) -> subprocess.Popen[str]:
     """One of two nodes, each in a network of its own."""
     env = {"GLOO_SOCKET_IFNAME": f"llmkit{n}", "PAUSE": "1"}
     code = f"""
@@ -205,7 +205,7 @@ done = launch({RANKS!r} + ":resumable", 1, 2, {words!r}, node={n}, endpoint="10.
 print("VALUE", json.dumps(done.value))
 """
     command = ["ip", "netns", "exec", f"llmkit{n}", sys.executable, "-c", code]
-    with open(home / f"node-{n}.log", "w") as log:
+    with open(logs / f"node-{n}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
