@@ -18,7 +18,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError, LLMKitError
+from ..core.errors import ConfigError, LLMKitError, Preempted
 
 # %% auto #0
 __all__ = ['die_with_parent', 'resolve', 'report', 'run', 'main']
@@ -68,7 +68,7 @@ def run(target: str, arguments: dict[str, Any], folder: Path) -> int:
         text = {"message": e.message, "hint": e.hint} if isinstance(e, LLMKitError) else {"message": str(e), "hint": ""}
         report(folder, rank, error=type(e).__name__, known=known, **text)
         traceback.print_exc()
-        return 1
+        return e.exit_code if isinstance(e, Preempted) else 1
     report(folder, rank, value=value)
     return 0
 
