@@ -13,6 +13,7 @@ import torch
 from ..models.config import ModelConfig
 from ..models.factory import build
 from ..models.footprint import Setup, flops, footprint
+from .distributed import Single
 from .estimate import ROOM, Target, amount, shape_of
 from .gpus import GPUS, find_gpu, speed
 from .recipe import causal_loss
@@ -36,8 +37,9 @@ class Trial:
     def __call__(self) -> None:
         "One step, of two micro batches if gradients accumulate."
         for _ in range(1 + self.setup.accumulate):
-            precision = "bf16" if self.setup.precision == "autocast" else "fp32"
-            causal_loss(self.model, self.ids, precision=precision).backward()
+            with Single("bf16" if self.setup.precision == "autocast" else "fp32").autocast():
+                loss = causal_loss(self.model, self.ids)
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
