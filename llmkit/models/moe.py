@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from annotated_types import Gt
 
-from ..core.errors import ModelError
+from ..core.errors import ConfigError, ModelError
 
 # %% auto #0
-__all__ = ['Routing', 'routers', 'tally', 'RouterHooks', 'RouterStats', 'reading']
+__all__ = ['Routing', 'routers', 'tally', 'RouterHooks', 'Observer', 'RouterStats', 'reading']
 
 # %% ../../nbs/models/02_moe.ipynb #47b6c9fc
 @dataclass(frozen=True)
@@ -76,7 +75,13 @@ def tally(
 class RouterHooks:
     "What is hung on a model: adds up what its routers do in each forward pass."
 
-    def __init__(self, capacity: float = 1.25, always: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: float = 1.25,  # of an expert in a forward pass, in even shares
+        always: bool = False,  # listen in evaluation mode too
+    ) -> None:
+        if capacity <= 0:
+            raise ConfigError(f"a capacity of {capacity}", "it must be above 0")
         self.capacity, self.always = capacity, always
         self.keep: torch.Tensor | None = None  # set before a forward pass: 1 for tokens, 0 for padding
         self.listening, self.routes = False, dict[int, tuple[torch.Tensor, torch.Tensor]]()
@@ -98,36 +103,36 @@ class RouterHooks:
             self.seen[layer] = self.seen[layer] + seen if layer in self.seen else seen
         self.listening, self.routes = False, {}
 
-# %% ../../nbs/models/02_moe.ipynb #042322eb
-class RouterStats(RouterHooks):
-    "Watches the routers of a model while it trains."
+# %% ../../nbs/models/02_moe.ipynb #eb842d81
+class Observer(RouterHooks):
+    "Hangs the hooks on a model."
 
-    def __init__(
-        self,
-        capacity: Annotated[float, Gt(0)] = 1.25,  # of an expert in a forward pass, in even shares
-        always: bool = False,  # also in evaluation mode
-    ) -> None:
-        super().__init__(capacity, always)
-        self.handles: list[Any] = []
-        self.weight = 0.0  # of the balance loss
+    handles: tuple[Any, ...] = ()
+    weight = 0.0  # of the balance loss, as the model's config has it
 
     def observe(self, model: Any) -> Self:
         "Hang hooks on the routers of `model`, which may be wrapped; a dense model gets none."
         self.close()
         found = routers(model)
-        for layer, (router, place) in enumerate(found):
-            self.handles.append(router.register_forward_hook(partial(self.routed, layer, place)))
+        hooks = [r.register_forward_hook(partial(self.routed, layer, place)) for layer, (r, place) in enumerate(found)]
         if found:
-            inner = [m for m in model.modules() if hasattr(m, "config") and found[0][0] in set(m.modules())][-1]
-            self.handles += [inner.register_forward_pre_hook(self.begin), inner.register_forward_hook(self.end)]
+            inner = [
+                m for m in model.modules() if hasattr(m, "_can_record_outputs") and found[0][0] in set(m.modules())
+            ][-1]
+            hooks += [inner.register_forward_pre_hook(self.begin), inner.register_forward_hook(self.end)]
             self.weight = float(inner.config.router_aux_loss_coef) * inner.config.num_experts_per_tok
+        self.handles = tuple(hooks)
         return self
 
     def close(self) -> None:
         "Take the hooks off, and forget what was seen."
         for handle in self.handles:
             handle.remove()
-        self.handles, self.balances, self.seen, self.routes, self.listening = [], {}, {}, {}, False
+        self.handles, self.balances, self.seen, self.routes, self.listening = (), {}, {}, {}, False
+
+# %% ../../nbs/models/02_moe.ipynb #16b168d5
+class RouterStats(Observer):
+    "Watches the routers of a model while it trains."
 
     def penalty(self) -> torch.Tensor | float:
         "The balance loss of the last forward pass, times the weight in the model's config; 0 for a dense model."
