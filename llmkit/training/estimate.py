@@ -137,7 +137,7 @@ def too_slow(target: Target, gpu: Gpu, needed: float) -> tuple[list[str], list[s
         why += "; no GPU can do more than 100%" if needed > 1 else f"; no published run is above {CEILING:.0%}"
         days = target.days or took
         count, tokens = -(-target.count * took // days), amount(target.tokens, "tokens") * days / took
-        nearby = [f"--count {count:.0f}", f"--days {took * 1.005:.2g}" if took < 10 else f"--days {took + 0.5:.0f}"]
+        nearby = [f"--count {count:.0f}", f"--days {-(-took * 10 // 1) / 10:g}"]
         return [why], [f"{x} at {best:.0%} MFU" for x in [*nearby, f"--tokens {tokens / 1e9:.3g}B"]]
     return [f"an MFU of {target.mfu:.0%} was never published; the best is 64%"], [f"--mfu {USUAL}: {took:.1f} days"]
 
