@@ -138,7 +138,7 @@ def too_slow(target: Target, gpu: Gpu, needed: float) -> tuple[list[str], list[s
         days = target.days or took
         count, tokens = -(-target.count * took // days), amount(target.tokens, "tokens") * days / took
         nearby = [f"--count {count:.0f}", f"--days {-(-took * 10 // 1) / 10:g}"]
-        return [why], [f"{x} at {best:.0%} MFU" for x in [*nearby, f"--tokens {tokens / 1e9:.3g}B"]]
+        return [why], [f"{x} at {best:.0%} MFU" for x in [*nearby, f"--tokens {tokens * 0.995 / 1e9:.3g}B"]]
     return [f"an MFU of {target.mfu:.0%} was never published; the best is 64%"], [f"--mfu {USUAL}: {took:.1f} days"]
 
 # %% ../../nbs/training/07_estimate.ipynb #dcc94dfd
