@@ -16,11 +16,11 @@ from ..core.config import nearest
 from ..core.errors import LLMKitError
 
 # %% auto #0
-__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'Weight', 'KEYS', 'Biases', 'MetaKey', 'MetaText', 'Metadata',
-           'NotEmpty', 'IDS', 'LISTS', 'Prompts', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema',
-           'ResponseFormat', 'StructuredOutputs', 'Shared', 'Aside', 'aside_of', 'CompletionRequest', 'FeedbackRequest',
-           'ShadowRequest', 'RouteRequest', 'AdapterRequest', 'StateRequest', 'RevisionRequest', 'fields_at', 'explain',
-           'decode', 'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
+__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'Weight', 'KEYS', 'Biases', 'MetaText', 'Metadata', 'NotEmpty', 'IDS',
+           'LISTS', 'Prompts', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
+           'StructuredOutputs', 'Shared', 'Aside', 'aside_of', 'CompletionRequest', 'FeedbackRequest', 'ShadowRequest',
+           'RouteRequest', 'AdapterRequest', 'StateRequest', 'RevisionRequest', 'fields_at', 'explain', 'decode',
+           'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -60,11 +60,8 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 Weight = Annotated[float, Meta(extra_json_schema={"minimum": 0, "maximum": 1})]
 KEYS = {"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}}  # JSON's keys are strings, here of token ids
 Biases = Annotated[dict[int, Bias], Meta(extra_json_schema=KEYS)]
-MetaKey = Annotated[str, Meta(max_length=64)]
 MetaText = Annotated[str, Meta(max_length=512)]
-Metadata = Annotated[dict[MetaKey, MetaText], Meta(max_length=16)]
-
-# %% ../../nbs/serving/01_protocol.ipynb #af1e4ef1
+Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], MetaText], Meta(max_length=16)]
 NotEmpty = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
 IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 LISTS: list[dict[str, Any]] = [IDS, {"items": IDS, "minItems": 1, "maxItems": 256}]

@@ -23,10 +23,12 @@ from torch.optim import Optimizer
 from ..core.config import nearest
 from ..core.errors import ConfigError, RunError
 from .portable import load_portable, save_portable, settings_of, tensors_of, whole
+from .scaling import Scaler, clip
 
 # %% auto #0
-__all__ = ['Optimizers', 'PRECISIONS', 'STRATEGIES', 'Verified', 'Strategy', 'Objective', 'bare', 'listed', 'checksum', 'digest',
-           'Scaler', 'clip', 'place', 'choose_device', 'Steps', 'Single', 'trained', 'stepped', 'make_strategy']
+__all__ = ['Optimizers', 'PRECISIONS', 'STRATEGIES', 'Verified', 'Stepping', 'Strategy', 'Objective', 'bare', 'listed',
+           'checksum', 'digest', 'place', 'choose_device', 'Steps', 'Alone', 'Single', 'trained', 'stepped',
+           'make_strategy']
 
 # %% ../../nbs/training/02_distributed.ipynb #58de2dd3
 Optimizers = Optimizer | list[Optimizer]
@@ -45,8 +47,8 @@ class Verified:
     facts: dict[str, Any] = field(default_factory=dict)  # what else was checked, and its values
 
 # %% ../../nbs/training/02_distributed.ipynb #c5b5f399
-class Strategy(Protocol):
-    "What a training loop needs of one process or many."
+class Stepping(Protocol):
+    "What a step needs of one process or many."
 
     name: str
     rank: int
@@ -70,6 +72,10 @@ class Strategy(Protocol):
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         "The mean of `value` over ranks, the same number on all of them."
+
+# %% ../../nbs/training/02_distributed.ipynb #11570579
+class Strategy(Stepping, Protocol):
+    "What a training loop needs of one process or many: steps, checkpoints and proof."
 
     def barrier(self) -> None:
         "Wait until all ranks are here."
@@ -124,44 +130,6 @@ def checksum(tensor: torch.Tensor) -> list[int]:
 def digest(tensors: Iterable[torch.Tensor]) -> str:
     "Twelve hex digits for the bits of `tensors`."
     return hashlib.sha256(json.dumps([checksum(t) for t in tensors]).encode()).hexdigest()[:12]
-
-# %% ../../nbs/training/02_distributed.ipynb #eaecf778
-class Scaler:
-    "Factor on the loss for fp16: halved when the gradient overflows, doubled after `every` good steps."
-
-    def __init__(self, scale: float = 2.0**16, every: int = 2000) -> None:
-        self.scale, self.every, self.good = scale, every, 0
-
-    def update(self, norm: float) -> bool:
-        "Whether the step with this gradient norm may be taken."
-        if not math.isfinite(norm):
-            self.scale, self.good = self.scale / 2, 0
-            if self.scale < 2.0**-10:
-                raise RunError("the gradient is infinite at every loss scale", "lower the learning rate, or use bf16")
-            return False
-        self.good += 1
-        if self.good % self.every == 0:
-            self.scale *= 2
-        return True
-
-    def state(self) -> dict[str, float]:
-        "What a checkpoint keeps."
-        return {"scale": self.scale, "good": self.good}
-
-# %% ../../nbs/training/02_distributed.ipynb #ca4b5f76
-def clip(
-    parameters: list[Any],  # those that have a gradient
-    max_norm: float,  # 0 does not clip
-    scale: float = 1.0,  # the loss was multiplied by it
-) -> float:
-    "Undo `scale`, clip to `max_norm`; the norm before clipping. A gradient that is not finite stays as it is."
-    grads = [p.grad for p in parameters]
-    norm = whole(nn.utils.get_total_norm(grads)) / scale
-    value = norm.item()
-    factor = min(1.0, max_norm / (value + 1e-6)) if max_norm and math.isfinite(value) else 1.0
-    if factor / scale != 1.0 and math.isfinite(value):
-        torch._foreach_mul_(grads, factor / scale)
-    return value
 
 # %% ../../nbs/training/02_distributed.ipynb #d43cfbb4
 def place(name: str, default: int = 0) -> int:
@@ -230,8 +198,8 @@ class Steps:
         self.calls, self.taken = self.calls + 1, self.taken + good
 
 # %% ../../nbs/training/02_distributed.ipynb #a1787641
-class Single(Steps):
-    "One process on one device."
+class Alone(Steps):
+    "Steps of one process on one device."
 
     name, rank, world = "single", 0, 1
 
@@ -257,6 +225,10 @@ class Single(Steps):
 
     def barrier(self) -> None:
         "Nobody to wait for."
+
+# %% ../../nbs/training/02_distributed.ipynb #2344b180
+class Single(Alone):
+    "One process on one device."
 
     def save(self, model: nn.Module, optimizer: Optimizers, folder: Path) -> None:
         "Model and optimizer to `folder`."

@@ -24,7 +24,7 @@ from .portable import check_fit, facts_of, kept, put_settings, read_into, save_p
 
 # %% auto #0
 __all__ = ['ELEMENTWISE', 'settings', 'check_optimizer', 'whole_weight', 'flats', 'zero_tensors', 'put_weight', 'own_part',
-           'put_state', 'Scale', 'Zero', 'Partitioned', 'parts', 'Zero1', 'Zero2', 'Zero3', 'build_alone']
+           'put_state', 'Scale', 'Parted', 'Zero', 'Partitioned', 'parts', 'Zero1', 'Zero2', 'Zero3', 'build_alone']
 
 # %% ../../nbs/training/02f_zero.ipynb #d08c350a
 def settings(stage: int, precision: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Scale:
         self.inner.load_state_dict(self.inner.state_dict() | {key: value})
 
 # %% ../../nbs/training/02f_zero.ipynb #adebb90e
-class Zero(Many):
+class Parted(Many):
     "Every process holds a part of the optimizer's states; from stage 2 of gradients, at 3 of weights."
 
     stage = 1
@@ -172,6 +172,10 @@ class Zero(Many):
         engine, optimizer, *_ = self.deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.scaler: Any = Scale(optimizer.torch_autocast_gradscaler) if self.precision == "fp16" else None
         return engine, optimizer
+
+# %% ../../nbs/training/02f_zero.ipynb #0d6845e4
+class Zero(Parted):
+    "Steps of a deepspeed engine."
 
     def accumulate(self, model: Any, last: bool) -> AbstractContextManager[Any]:
         "Tell deepspeed where a step ends; from ZeRO-2 on, each micro-batch is exchanged all the same."
