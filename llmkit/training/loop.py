@@ -153,7 +153,8 @@ def state_for(
 ) -> State:
     "The state of a run in `folder`; checkpoints of another model, recipe or other data there are refused."
     shapes = fingerprint({n: list(p.shape) for n, p in model.named_parameters()})
-    key = {"model": shapes, "recipe": recipe.to_dict(), "data": batches.key} | more
+    size = sum(p.numel() for p in model.parameters())
+    key = {"model": f"{size:,} parameters ({shapes})", "recipe": recipe.to_dict(), "data": batches.key} | more
     return State(folder, key, every, keep, recipe.seed)
 
 # %% ../../nbs/training/01d_loop.ipynb #2d88c263
