@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigError, RunError, require
-from .distributed import Optimizers, Verified, bare, listed, trained
+from .distributed import Optimizers, Verified, bare, listed, place, trained
 from .group import Many, gather, proved
 from .portable import check_fit, facts_of, kept, put_settings, read_into, save_portable, settings_of
 
@@ -280,8 +281,6 @@ def build_alone(strategy: Any) -> None:
         return
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    from llmkit.training.distributed import place
-
     if place("LOCAL_RANK") == 0:
         ShareMemCommBuilder().load(verbose=False)
-    torch.distributed.barrier()
+    torch.distributed.monitored_barrier(timeout=timedelta(minutes=10))  # compiling may outlast the group's timeout
