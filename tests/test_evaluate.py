@@ -20,8 +20,8 @@ doc_to_choice: ["2", "3", "4"]
 doc_to_target: "{{a + b - 2}}"
 """
 GATE = """
-- {metric: perplexity, direction: at most, bound: 1.0, of: perplexity_untrained, surely: true}
-- {metric: sums/acc, direction: at least, bound: 0}
+- {metric: sums/acc, direction: at least, bound: 0.0, surely: true}
+- {metric: perplexity, direction: at most, bound: 1.0, of: perplexity_untrained}
 - {metric: difference/perplexity, direction: at most, bound: 0}
 """
 
@@ -39,33 +39,34 @@ def test_own_task_own_gate_own_rival(llmkit: Callable[..., Done], tmp_path: Path
     first = llmkit(*run, "--out", "first")
     assert first.code == 0, first.err
     found = result(tmp_path / "first")
-    assert {"sums/acc", "sums/acc_low", "sums/acc_norm", "perplexity_low"} <= set(found["metrics"])
+    assert {"sums/acc", "sums/acc_low", "sums/acc_norm", "accuracy", "fim_exact_high"} <= set(found["metrics"])
     assert [r["prompt"] for r in found["tables"]["task sums"]] == [f"{r['a']} + {r['b']} =" for r in rows]
-    assert found["metrics"]["perplexity_low"] < found["metrics"]["perplexity"] < found["metrics"]["perplexity_high"]
 
     # The same model and data again, beside the first run and behind a gate of three bounds more.
-    again = ("--out", "again", "-p", "data", "first/data", "-p", "model", "first/model/model")
-    same = llmkit(*run, *again, "-p", "against", "first", "-p", "gate", "gate.yaml")
+    model = found["tables"]["model"][0]["folder"]
+    again = ("-p", "data", "first/data", "-p", "model", model)
+    same = llmkit(*run, *again, "--out", "again", "-p", "against", "first", "-p", "gate", "gate.yaml")
     assert same.code == 0, same.err
     checks = result(tmp_path / "again")["gate"]
     assert [c["name"] for c in checks[5:]] == [
-        "perplexity_high / perplexity_untrained",
-        "sums/acc",
+        "sums/acc_low",
+        "perplexity / perplexity_untrained",
         "difference/perplexity",
     ]
     assert all(c["passed"] for c in checks)
     rows = result(tmp_path / "again")["tables"]["against"]
-    assert {r["verdict"] for r in rows} == {"not proven"} and {r["b - a"] for r in rows} == {0.0}
+    verdicts = {r["metric"]: r["verdict"] for r in rows}
+    assert verdicts["sums/acc"] == verdicts["fim_exact"] == "not proven" and {r["b - a"] for r in rows} == {0.0}
     shown = llmkit("compare", "first", "again")
-    assert shown.code == 0 and len(re.findall("not proven", shown.out)) == len(rows)
+    assert shown.code == 0 and all(re.search(rf"{name} .*{v}", shown.out) for name, v in verdicts.items())
 
     # A gate that asks for what is not measured does not pass, and says so.
     (tmp_path / "gate.yaml").write_text("- {metric: sum/acc, direction: at least, bound: 0}")
-    missed = llmkit(*run, *again, "-p", "gate", "gate.yaml")
+    missed = llmkit(*run, *again, "--out", "missed", "-p", "gate", "gate.yaml")
     assert missed.code == 1 and "sum/acc: sum/acc was not measured; did you mean 'sums/acc'?" in missed.err
     (tmp_path / "gate.yaml").write_text("- {metric: perplexty, direction: at most, bound: 9}")
     refused = llmkit(*run, "--out", "refused", "-p", "gate", "gate.yaml")
     assert refused.code == 2 and "did you mean 'perplexity'?" in refused.err and not (tmp_path / "refused").exists()
     (tmp_path / "sums.yaml").write_text(TASK.replace("doc_to_text", "doc_to_txt"))
-    broken = llmkit(*run, *again)
+    broken = llmkit(*run, *again, "--out", "broken")
     assert broken.code == 2 and "sums.yaml has the key 'doc_to_txt'" in broken.err and broken.err.count("\n") == 1

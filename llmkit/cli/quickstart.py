@@ -92,9 +92,8 @@ def stages(data: list[str], preset: Preset, seed: int) -> list[Stage]:
 NUMBERS = {
     "prepare_data": "{bytes:,.0f} bytes, {tokens_train:,.0f} tokens to train on, {pairs:,.0f} pairs",
     "train_model": "{parameters:,.0f} parameters, loss {loss:.3f} (unigram entropy {unigram_entropy:.3f})",
-    "evaluate_model": "perplexity {perplexity:.1f} [{perplexity_low:.1f}, {perplexity_high:.1f}] (untrained"
-    " {perplexity_untrained:.0f}, unigram {perplexity_unigram:.0f}, trigram {perplexity_trigram:.1f}),"
-    " next token {accuracy:.1%}",
+    "evaluate_model": "perplexity {perplexity:.1f} (untrained {perplexity_untrained:.0f}, unigram"
+    " {perplexity_unigram:.0f}, trigram {perplexity_trigram:.1f}), next token {accuracy:.1%}",
     "register_model": "version {version:.0f}",
     "optimize_model": "decoding at batch 8: torch {torch_decode_tokens_per_s_8:,.0f}, fp32"
     " {fp32_decode_tokens_per_s_8:,.0f}, int4 {int4_decode_tokens_per_s_8:,.0f},"

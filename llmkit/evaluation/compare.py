@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..core.errors import DataError
-from .documents import Documents, load_documents, scaled
+from .documents import FEWEST, Documents, load_documents, scaled
 
 # %% auto #0
 __all__ = ['Difference', 'matched', 'resampled', 'stretch', 'difference', 'holm', 'differences', 'compare_with', 'compare_runs',
@@ -43,8 +43,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        "In a word: B is better, A is better, or nothing is proven at 5 %."
+        "In a word: B is better, A is better, nothing is proven at 5 %, or nothing can be on so few documents."
         p = self.p if math.isnan(self.p_holm) else self.p_holm
+        if self.documents < FEWEST:
+            return "too few documents"
         return ("B is better" if self.b_better > 0.5 else "A is better") if p < 0.05 else "not proven"
 
 # %% ../../nbs/evaluation/03a_compare.ipynb #c30fb4e8
@@ -93,12 +95,10 @@ def difference(
 ) -> Difference:
     "The paired bootstrap of one metric."
     va, vb, wa, wb = matched(metric, a, b)
-    if len(va) < 5:
-        raise DataError(
-            f"{metric}: {len(va)} documents say nothing about others", "compare on 5 at least, better on 100"
-        )
     if not (np.isfinite(va).all() and np.isfinite(vb).all()):
         raise DataError(f"{metric}: a document has no number", "see the run whose value is nan")
+    if len(va) < FEWEST:
+        return Difference(metric, a.estimate, b.estimate, math.nan, math.nan, 1.0, math.nan, len(va), a.better)
     sa, sb, ta, tb = resampled((va, vb, wa, wb), draws, seed)
     point = b.estimate - a.estimate
     moved = scaled(sb / tb, a.scale) - scaled(sa / ta, a.scale)
@@ -154,8 +154,9 @@ def difference_rows(found: Sequence[Difference]) -> list[dict[str, Any]]:
     keys = ("metric", "a", "b")
     return [
         {k: v for k, v in asdict(d).items() if k in keys}
-        | {"b - a": d.difference, "95 %": f"[{d.low:+.4g}, {d.high:+.4g}]"}
-        | {"p (Holm)": d.p_holm, "B better": d.b_better, "documents": d.documents, "verdict": d.verdict}
+        | {"b - a": d.difference, "95 %": "" if math.isnan(d.low) else f"[{d.low:+.4g}, {d.high:+.4g}]"}
+        | {"p (Holm)": d.p_holm, "B better": None if math.isnan(d.b_better) else d.b_better}
+        | {"documents": d.documents, "verdict": d.verdict}
         for d in found
     ]
 
@@ -165,8 +166,8 @@ def as_numbers(found: Sequence[Difference]) -> dict[str, float]:
     made: dict[str, float] = {}
     for d in found:
         name = f"difference/{d.metric}"
-        made |= {f"against/{d.metric}": d.a, name: d.difference, f"{name}_low": d.low, f"{name}_high": d.high}
-        made[f"p/{d.metric}"] = d.p_holm
+        made |= {f"against/{d.metric}": d.a, name: d.difference, f"p/{d.metric}": d.p_holm}
+        made |= {} if math.isnan(d.low) else {f"{name}_low": d.low, f"{name}_high": d.high}
     return made
 
 # %% ../../nbs/evaluation/03a_compare.ipynb #41615dac
@@ -180,7 +181,8 @@ def plot_differences(
     figure = Figure(figsize=(6, 0.9 + 0.35 * len(found)), layout="constrained")
     axis = figure.subplots()
     for y, d in enumerate(reversed(found)):
-        unit, sign = (d.high - d.low) / 3.92 or 1.0, -1 if d.better == "lower" else 1
+        width, sign = d.high - d.low, -1 if d.better == "lower" else 1
+        unit = width / 3.92 if width > 0 else 1.0
         ends, proven = sorted(sign * x / unit for x in (d.low, d.high)), d.verdict != "not proven"
         axis.plot(ends, [y, y], color="C0", lw=2)
         axis.plot(sign * d.difference / unit, y, "o", color="C0", mfc="C0" if proven else "white", ms=7)

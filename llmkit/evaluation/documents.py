@@ -19,10 +19,11 @@ from ..core.errors import DataError
 from ..core.run import read_json, write_json
 
 SCHEMA = "llmkit.documents/1"
+FEWEST = 5  # documents from which a bootstrap says something about others; a hundred is a better number
 Scale = Literal["mean", "exp", "bits"]
 
 # %% auto #0
-__all__ = ['SCHEMA', 'Scale', 'scaled', 'Documents', 'ratio_of_sums', 'interval', 'grouped', 'distinct', 'named',
+__all__ = ['SCHEMA', 'FEWEST', 'Scale', 'scaled', 'Documents', 'ratio_of_sums', 'interval', 'grouped', 'distinct', 'named',
            'save_documents', 'load_documents', 'with_intervals', 'said']
 
 # %% ../../nbs/evaluation/00a_documents.ipynb #baf5b7d5
@@ -74,15 +75,15 @@ def interval(
     resamples: int = 4999,
     seed: int = 0,
 ) -> tuple[float, float]:
-    "`(low, high)`: where the mean over all such documents lies, with probability `level`; nan for one document."
+    "`(low, high)`: where the mean over all such documents lies, with probability `level`; nan for too few."
     from scipy import stats
 
     v, w, n = d.values, d.over, len(d.values)
-    if n < 2 or not np.isfinite(v).all():
-        return math.nan, math.nan
     if d.weights is None and d.scale == "mean" and np.isin(v, (0.0, 1.0)).all():
         found = stats.binomtest(int(v.sum()), n).proportion_ci(level, method="wilson")
         return float(found.low), float(found.high)
+    if n < FEWEST or not np.isfinite(v).all():
+        return math.nan, math.nan
     if np.ptp(v / w) < 1e-12:
         return d.estimate, d.estimate
     settings: dict[str, Any] = {"paired": True, "vectorized": True, "batch": max(1, 1_000_000 // n)}
@@ -151,7 +152,7 @@ def load_documents(folder: str | Path) -> dict[str, Documents]:
 
 # %% ../../nbs/evaluation/00a_documents.ipynb #873a34b4
 def with_intervals(found: dict[str, Documents]) -> dict[str, float]:
-    "Each metric and the ends of its 95 % interval: `name`, `name_low`, `name_high`; a single document has no ends."
+    "Each metric and the ends of its 95 % interval: `name`, `name_low`, `name_high`; too few documents have no ends."
     made: dict[str, float] = {}
     for name, d in found.items():
         made[name] = d.estimate
