@@ -39,8 +39,8 @@ class Documents:
     "One number for each document of an evaluation, in its order."
 
     ids: list[str]  # what tells a document from others
-    values: np.ndarray  # [n], a value or a sum
-    weights: np.ndarray | None = None  # [n], what each value is a sum over: tokens, bytes; None for one each
+    values: Any  # [n], a value or a sum; kept as an array
+    weights: Any = None  # [n], what each value is a sum over: tokens, bytes; None for one each
     scale: Scale = "mean"
     better: Literal["higher", "lower"] = "higher"
 

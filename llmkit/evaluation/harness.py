@@ -23,7 +23,8 @@ OUTPUTS = ("multiple_choice", "generate_until", "loglikelihood", "loglikelihood_
 
 # %% auto #0
 __all__ = ['LOCAL', 'OUTPUTS', 'SHAPES', 'explained', 'read_task', 'known', 'check_names', 'local_files', 'check_data', 'hushed',
-           'make_task', 'check_filled', 'TaskScores', 'as_documents', 'answer_of', 'scores_of', 'run_tasks']
+           'make_task', 'check_filled', 'TaskScores', 'as_documents', 'answer_of', 'scores_of', 'make_tasks',
+           'check_tasks', 'run_tasks']
 
 # %% ../../nbs/evaluation/02e_harness.ipynb #37c2b32d
 @contextlib.contextmanager
@@ -245,6 +246,21 @@ def scores_of(task: Any, result: dict[str, float], samples: list[dict[str, Any]]
     return made
 
 # %% ../../nbs/evaluation/02e_harness.ipynb #a49064b7
+def make_tasks(paths: Sequence[str | Path], cache: str | Path) -> dict[str, Any]:
+    "The tasks by path; two of the same name are refused."
+    tasks = {str(p): make_task(p, cache) for p in paths}
+    names = [t.config.task for t in tasks.values()]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two task files have the same name ({', '.join(names)})", "name them apart")
+    return tasks
+
+# %% ../../nbs/evaluation/02e_harness.ipynb #fd09eca1
+def check_tasks(paths: Sequence[str | Path]) -> None:
+    "Read task files and their data, so that what is wrong with them is said before a model is loaded."
+    with tempfile.TemporaryDirectory(prefix="llmkit-tasks-") as cache:
+        make_tasks(paths, cache)
+
+# %% ../../nbs/evaluation/02e_harness.ipynb #ccbb7ba8
 def run_tasks(
     lm: Any,  # evaluation.textmodel.TextModel, or any other LM of lm-eval
     paths: Sequence[str | Path],  # task files
@@ -257,11 +273,7 @@ def run_tasks(
 
     out = []
     with tempfile.TemporaryDirectory(prefix="llmkit-tasks-") as cache:
-        tasks = {str(p): make_task(p, cache) for p in paths}
-        names = [t.config.task for t in tasks.values()]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two task files have the same name ({', '.join(names)})", "name them apart")
-        for path, task in tasks.items():
+        for path, task in make_tasks(paths, cache).items():
             before = getattr(lm, "cut", 0)
             with hushed(), explained(Path(path), "mend the task or its data"):
                 loaded: Any = {"tasks": {task.config.task: task}, "groups": {}}

@@ -17,13 +17,21 @@ from .gate import known_names, load_gate
 OWN_TASKS = ("answers", "holes", "texts")  # of evaluation.owntasks
 
 # %% auto #0
-__all__ = ['OWN_TASKS', 'SURE', 'MEASURED', 'EvaluateJob', 'RegisterJob']
+__all__ = ['OWN_TASKS', 'SURE', 'MEASURED', 'unknown_task', 'EvaluateJob', 'RegisterJob']
 
 # %% ../../nbs/evaluation/00_job.ipynb #d1e18755
 SURE = ("perplexity", "accuracy", "fim_exact")  # with an interval: NAME_low and NAME_high beside them
 MEASURED = (*SURE, *(f"{name}_{end}" for name in SURE for end in ("low", "high")), "bits_per_byte", "fim_trivial")
 MEASURED += tuple(f"perplexity_{other}" for other in ("untrained", "unigram", "trigram", "trigram_whole"))
 MEASURED += ("distinct", "most_frequent", "circling", "answers")
+
+# %% ../../nbs/evaluation/00_job.ipynb #19ef740e
+def unknown_task(tasks: list[str]) -> str:
+    "What is wrong with the first task that is neither a file nor one of llmkit's own; empty if all are known."
+    for task in tasks:
+        if task not in OWN_TASKS and not Path(task).is_file():
+            return f"{task!r}: {'is no file' if Path(task).suffix in ('.yaml', '.yml') else nearest(task, OWN_TASKS)}"
+    return ""
 
 # %% ../../nbs/evaluation/00_job.ipynb #62a539aa
 @dataclass(kw_only=True)
@@ -47,11 +55,8 @@ class EvaluateJob(Config):
     seed: int = 0
 
     def validate(self) -> None:
-        for task in self.tasks:
-            if task in OWN_TASKS or Path(task).is_file():
-                continue
-            rule = "is no file" if Path(task).suffix in (".yaml", ".yml") else nearest(task, OWN_TASKS)
-            self.fail("tasks", f"must name task files, or {', '.join(OWN_TASKS)}; {task!r}: {rule}")
+        if wrong := unknown_task(self.tasks):
+            self.fail("tasks", f"must name task files, or {', '.join(OWN_TASKS)}; {wrong}")
         if self.against and not (Path(self.against) / "documents.json").is_file():
             self.fail("against", "must be the run folder of an evaluate_model: it holds no documents.json")
         if self.gate:

@@ -20,7 +20,8 @@ from .tasks import spread
 Rows = list[dict[str, Any]]
 
 # %% auto #0
-__all__ = ['Rows', 'HEAD', 'BODIES', 'ROWS', 'answers_rows', 'holes_rows', 'texts_rows', 'write_task', 'own_or_file']
+__all__ = ['Rows', 'HEAD', 'ANSWERS', 'HOLES', 'TEXTS', 'BODIES', 'ROWS', 'answers_rows', 'holes_rows', 'texts_rows',
+           'write_task', 'own_or_file']
 
 # %% ../../nbs/evaluation/02f_owntasks.ipynb #35d88676
 HEAD = """task: {name}
@@ -31,9 +32,8 @@ dataset_kwargs:
 test_split: test
 """
 
-# %% ../../nbs/evaluation/02f_owntasks.ipynb #b836a0e3
-BODIES = {
-    "answers": """output_type: multiple_choice
+# %% ../../nbs/evaluation/02f_owntasks.ipynb #947603b1
+ANSWERS = """output_type: multiple_choice
 doc_to_text: "{{text}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{label}}"
@@ -45,8 +45,10 @@ metric_list:
   - metric: acc_norm
     aggregation: mean
     higher_is_better: true
-""",
-    "holes": """output_type: generate_until
+"""
+
+# %% ../../nbs/evaluation/02f_owntasks.ipynb #8e6c055c
+HOLES = """output_type: generate_until
 doc_to_text: "{{text}}"
 doc_to_target: "{{target}}"
 target_delimiter: ""
@@ -63,16 +65,20 @@ metric_list:
   - metric: exact_match
     aggregation: mean
     higher_is_better: true
-""",
-    "texts": """output_type: loglikelihood_rolling
+"""
+
+# %% ../../nbs/evaluation/02f_owntasks.ipynb #da8020f8
+TEXTS = """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list:
   - metric: bits_per_byte
     aggregation: bits_per_byte
     higher_is_better: false
-""",
-}
+"""
+
+# %% ../../nbs/evaluation/02f_owntasks.ipynb #b836a0e3
+BODIES = {"answers": ANSWERS, "holes": HOLES, "texts": TEXTS}
 
 # %% ../../nbs/evaluation/02f_owntasks.ipynb #93373028
 def answers_rows(prepared: Any, n: int, rng: random.Random) -> Rows:
