@@ -38,6 +38,7 @@ def server(files, tmp_path_factory):
     folder = tiny_model(tmp_path_factory.mktemp("models") / "a", max_length=16_384)
     kw = {"engine": "mock", "slots": 4, "timeout": TIMEOUT_S, "breaker": 0, "queue": 16}
     with ServerProcess({"a": folder}, **kw) as s:
+        s.folder = folder
         yield s
         text = s.output()  # uvicorn tells only the last request of a pipeline that its client has gone
         assert text.count("Traceback") == text.count("RuntimeError: unable to perform operation on <TCPTransport"), text
@@ -297,3 +298,30 @@ def test_garbage_in_the_pipeline(server):
             assert b"HTTP/1.1 400 " in read_to_end(s)
     with connect(server) as s:  # a thousand that nobody waits for
         s.sendall(good * 1000)
+
+
+def test_heads_have_a_deadline(server, files):
+    if files < CROWD + 100:
+        pytest.skip(f"{files} open files are allowed, too few for {CROWD} connections")
+    kw = {"engine": "mock", "slots": 4, "head": 2.0}
+    with ServerProcess({"a": server.folder}, **kw) as s, ExitStack() as stack:
+        process = psutil.Process(s.pid)
+        before, began = process.num_fds(), time.monotonic()
+        crowd = [stack.enter_context(connect(s)) for _ in range(CROWD)]
+        slow = [stack.enter_context(connect(s)) for _ in range(20)]
+        for sock in slow:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nX-Slow: ")
+        going = stack.enter_context(connect(s))  # a request may take longer than a head
+        going.sendall(raw(b'{"model": "a", "prompt": [20], "max_tokens": 2}')[:-10])
+        while process.num_fds() > before + 20 and time.monotonic() < began + 60:
+            for sock in slow:
+                with suppress(ConnectionError):
+                    sock.sendall(b"x")
+            time.sleep(0.25)
+        assert process.num_fds() <= before + 20
+        assert [read_to_end(sock) for sock in (crowd[0], crowd[-1])] == [b"", b""]
+        answers = [read_to_end(sock) for sock in slow]
+        assert b"took longer than 2 s to come" in answers[0] and answers[0].startswith(b"HTTP/1.1 408 ")
+        going.sendall(raw(b'{"model": "a", "prompt": [20], "max_tokens": 2}')[-10:])
+        assert first_answer(going).startswith(b"HTTP/1.1 200 ")
+        assert "Traceback" not in s.output()

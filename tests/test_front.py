@@ -13,6 +13,7 @@ import pytest
 
 from llmkit.core.tiny import tiny_model
 from llmkit.monitoring.requestlog import read_requests
+from llmkit.serving.client import AdminClient
 from llmkit.serving.process import ServerProcess
 
 
@@ -93,6 +94,25 @@ def test_the_same_again_comes_from_the_cache(server):
     assert fresh.choices == first.choices and not hasattr(fresh.usage, "cache_hit")
 
 
+def test_what_is_said_aside_is_in_the_log(server):
+    ann, said = client(server), {"metadata": {"team": "docs", "for": "ann@example.com"}}
+    for _ in range(2):  # the second comes from the cache, by its bytes
+        complete(ann, "aside", user="ann", extra_body=said | {"store": True})
+    complete(ann, "aside", user="ann", extra_body=said | {"store": False})
+    with pytest.raises(openai.NotFoundError):
+        complete(ann, model="nobody", user="ann", extra_body=said)
+    ann.responses.create(model="a", input="hi", max_output_tokens=2, metadata=said["metadata"], safety_identifier="ann")
+    wait_until(lambda: len(rows(server, user="ann")) == 4)
+    found = rows(server, user="ann")
+    assert [(r["status"], r["source"], r["store"]) for r in found[:2]] == [(200, "", 1), (200, "cache", 1)]
+    assert [(r["status"], r["source"], r["store"]) for r in found[2:]] == [(404, "", None), (200, "", None)]
+    assert {r["metadata"] for r in found} == {'{"team": "docs", "for": "<EMAIL>"}'}
+    for many in ({str(i): "x" for i in range(17)}, {"k" * 65: "x"}, {"k": "x" * 513}):
+        with pytest.raises(openai.BadRequestError, match="metadata") as e:
+            complete(ann, extra_body={"metadata": many})
+        assert e.value.param.startswith("metadata")
+
+
 def test_many_at_once_are_computed_once(server):
     before = metric(server, 'vllm:generation_tokens_total{engine="0",model_name="b"}')
     with ThreadPoolExecutor(8) as pool:
@@ -126,8 +146,10 @@ def test_a_shadow_gets_copies_and_nobody_hears_it(server):
     wait_until(lambda: len(rows(server, source="shadow", revision="b")) == 3)
     assert admin.delete("/admin/revisions/b").status_code == 409
     assert admin.put("/admin/routes/llmkit", json={"weights": {"a": 1.0}}).json()["shadows"]
-    body["shadow"] = None
-    assert admin.put("/admin/routes/llmkit", json=body).json()["shadows"] == {}
+    with AdminClient(server.base, server.admin_key) as typed:
+        assert typed.shadow("llmkit", None) == {} == typed.shadows()
+        assert typed.shadow("llmkit", "b", 0.5) == {"llmkit": {"revision": "b", "share": 0.5}}
+        assert typed.shadow("llmkit", None) == {}
     for wrong in ({"revision": "c"}, {"revision": "b", "share": 2}, {"revision": "b", "part": 1}):
         assert admin.put("/admin/routes/llmkit", json=body | {"shadow": wrong}).status_code == 400
     complete(client(server), "s9", "llmkit")

@@ -1,6 +1,7 @@
 """The official client with strict validation of what it reads, over every endpoint and option."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -11,7 +12,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseCompletedEvent, ResponseIncompleteEvent
 from pydantic import BaseModel, ConfigDict
 
-from llmkit.core.tiny import TEXTS, tiny_model
+from llmkit.core.tiny import TEXTS, tiny_model, tiny_tokenizer
 from llmkit.serving.process import ServerProcess
 
 HI = [{"role": "user", "content": "hi"}]
@@ -175,6 +176,29 @@ def test_forced_calls(client, choice, stream):
     assert call.function.name == "add" and isinstance(json.loads(call.function.arguments)["a"], bool)
 
 
+@pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
+def test_forced_calls_that_are_cut_off(client, choice):
+    "What is there of the arguments, never as text; the same in a stream."
+    blank = {str(i): -100 for t, i in tiny_tokenizer().get_vocab().items() if {"\u0120", "\u010a"} & set(t)}
+    kw = {"tools": [ADD], "tool_choice": choice, "temperature": 1, "seed": 1, "logit_bias": blank}
+    full = chat(client, **kw, max_tokens=100).choices[0].message.tool_calls[0].function.arguments
+    seen = set()
+    for n in range(1, 40):
+        made = chat(client, **kw, max_tokens=n).choices[0]
+        calls = [c.function for c in made.message.tool_calls or ()]
+        chunks = [c.choices[0] for c in chat(client, **kw, max_tokens=n, stream=True)]
+        deltas = [d.function for c in chunks for d in c.delta.tool_calls or ()]
+        streamed = "".join(d.arguments or "" for d in deltas if d)
+        assert (made.message.content or "", "".join(c.delta.content or "" for c in chunks)) == ("", "")
+        assert chunks[-1].finish_reason == made.finish_reason
+        if made.finish_reason != "length":
+            break
+        assert streamed == "".join(c.arguments for c in calls) and full.startswith(streamed)
+        assert [d.name for d in deltas if d.name] == [c.name for c in calls] == ["add"] * len(calls)
+        seen.add(streamed)
+    assert {"", "{"} <= seen and len(seen) > 2
+
+
 class Flag(BaseModel):
     model_config = ConfigDict(extra="forbid")
     on: bool
@@ -192,6 +216,27 @@ def test_forms(client):
         assert fine(complete(client, extra_body={"structured_outputs": outputs}, **kw).choices[0].text)
     asked = {"text": {"format": {"type": "json_schema", "name": "flag", "schema": Flag.model_json_schema()}}}
     assert Flag.model_validate_json(respond(client, temperature=1, max_output_tokens=60, **asked).output_text)
+
+
+WILD = {"type": "object", "properties": {f"x{i}": {"type": "integer"} for i in range(700)}}  # more than can be followed
+
+
+def test_a_form_that_is_given_up_is_an_error_of_its_request_alone(client, loose):
+    outputs, said = {"structured_outputs": {"json": WILD}}, "the grammar cannot be followed any further: Parser Error"
+    neighbour = {"prompt": TEXTS[1][:20], "max_tokens": 60}
+    want = complete(client, **neighbour).choices[0].text
+    text = {"format": {"type": "json_schema", "name": "x", "schema": WILD}}
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(complete, client, **neighbour)
+        for ask in (complete, chat):
+            with pytest.raises(openai.BadRequestError, match=said) as e:
+                ask(client, max_tokens=30, extra_body=outputs)
+            assert e.value.code == "invalid_grammar"
+            with pytest.raises(openai.APIError, match=said):  # in the middle of a stream, which has its 200 already
+                list(ask(loose, max_tokens=30, extra_body=outputs, stream=True))
+        with pytest.raises(openai.BadRequestError, match=said):
+            client.responses.create(model="a", input="hi", text=text)
+        assert going.result().choices[0].text == want
 
 
 def test_responses(client):

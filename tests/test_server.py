@@ -1,6 +1,7 @@
 """The server as a process: what a notebook cannot show."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from llmkit.core.errors import ServiceError
@@ -321,3 +323,28 @@ def test_adapters_come_and_go(client, admin, adapter):
         admin.call("DELETE", path)
     with pytest.raises(ServiceError, match=r"400.*adapter_config"):
         admin.call("PUT", path, {"folder": str(adapter.parent)})
+
+
+def test_adapters_survive_a_crash_of_the_engine(folder, adapter, tmp_path):
+    """They are there again when the engine is; one that is gone says so, and the rest is served."""
+    base = "/admin/revisions/a/adapters/"
+    shutil.copytree(adapter, tmp_path / "other")
+    kw = {"variant": "torch", "slots": 2, "threads": 1}
+    with ServerProcess({"a": folder["a"]}, **kw) as s, AdminClient(s.base, s.admin_key) as admin:
+        user = openai.OpenAI(base_url=s.url, api_key="none", max_retries=0)
+        for name, where in (("style", adapter), ("other", tmp_path / "other")):
+            admin.call("PUT", base + name, {"folder": str(where)})
+        plain, styled = (complete(user, model=m).choices[0].text for m in ("a", "a:style"))
+        shutil.rmtree(tmp_path / "other")
+        (engine,) = [p for p in psutil.Process(s.pid).children() if "llmkit.engine.process" in p.cmdline()]
+        engine.kill()
+        wait_until(lambda: httpx.get(s.base + "/readyz").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="it restarts"):
+            complete(user, model="a:style")
+        wait_until(lambda: httpx.get(s.base + "/readyz").status_code == 200, 60)
+        assert [complete(user, model=m).choices[0].text for m in ("a", "a:style")] == [plain, styled]
+        with pytest.raises(openai.NotFoundError, match=r"lost when the engine restarted: .*no adapter_config"):
+            complete(user, model="a:other")
+        (seen,) = admin.revisions()
+        assert (seen["adapters"], list(seen["lost_adapters"])) == (["style"], ["other"])
+        assert plain != styled and "adapter other is lost" in s.output()

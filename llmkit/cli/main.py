@@ -20,6 +20,8 @@ __all__ = ['COMMANDS', 'REWRITES', 'overview', 'Stopped', 'shielded', 'subcomman
 COMMANDS = {
     "quickstart": ("llmkit.cli.quickstart:quickstart", "Run the whole line on this machine, from text to a rollout."),
     "run": ("llmkit.cli.commands:run", "Run one job notebook, its parameters checked first."),
+    "plan": ("llmkit.cli.plan:plan_command", "Say what a training run on GPUs will take, before it is paid for."),
+    "train": ("llmkit.cli.train:train", "Train a model, on one process or many."),
     "serve": ("llmkit.cli.serve:serve", "Serve models through an OpenAI-compatible API."),
     "demo": ("llmkit.demos.chat:chat", "Open a chat in the browser over a served model."),
     "doctor": ("llmkit.cli.commands:doctor", "Show which engines, accelerators, extras and services are here."),
@@ -95,7 +97,7 @@ def spread(words: list[str]) -> list[str]:
     return done
 
 # %% ../../nbs/cli/01_main.ipynb #5b8bfc5b
-REWRITES: dict[str, Callable[[list[str]], list[str]]] = {"run": pairs, "quickstart": spread}
+REWRITES: dict[str, Callable[[list[str]], list[str]]] = {"run": pairs, "train": pairs, "quickstart": spread}
 
 # %% ../../nbs/cli/01_main.ipynb #83e05e2e
 def dispatch(words: list[str]) -> int:

@@ -18,7 +18,16 @@ SCHEMA = "llmkit.card/1"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 # %% auto #0
-__all__ = ['SCHEMA', 'PICKLES', 'check_model_folder', 'revision', 'ModelCard']
+__all__ = ['SCHEMA', 'PICKLES', 'missing_shards', 'check_model_folder', 'revision', 'ModelCard']
+
+# %% ../../nbs/core/02c_card.ipynb #0063cd76
+def missing_shards(folder: Path) -> list[str]:
+    "The files that the index of weights in several files names and that are not there."
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    names = read_json(index).get("weight_map", {}).values()
+    return sorted(name for name in set(names) if not (folder / name).is_file())
 
 # %% ../../nbs/core/02c_card.ipynb #2a4013e8
 def check_model_folder(folder: str | Path) -> Path:
@@ -28,12 +37,14 @@ def check_model_folder(folder: str | Path) -> Path:
         raise ModelError(f"{folder} is not a model folder", "give the folder that holds config.json")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", "give the folder that save_pretrained wrote")
+    safe = list(folder.glob("*.safetensors"))
     if bad := sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES):
-        raise ModelError(
-            f"{folder} holds pickled weights ({bad[0]})", "convert them to safetensors and delete the pickle"
-        )
-    if not list(folder.glob("*.safetensors")):
+        hint = "convert them to safetensors on a machine that may run them, and delete the pickle"
+        raise ModelError(f"{folder} holds pickled weights ({bad[0]})", "delete it, the rest is whole" if safe else hint)
+    if not safe:
         raise ModelError(f"{folder} has no weights (*.safetensors)", "save the model with save_pretrained")
+    if missing := missing_shards(folder):
+        raise ModelError(f"{folder} lacks {missing[0]}, which its index names", "copy or download the folder again")
     return folder
 
 # %% ../../nbs/core/02c_card.ipynb #b6507280

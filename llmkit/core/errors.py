@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LLMKitError', 'ConfigError', 'DataError', 'ModelError', 'RunError', 'ServiceError', 'MissingError', 'GateError',
-           'require']
+           'Preempted', 'require']
 
 # %% ../../nbs/core/00_errors.ipynb #c54b49f2
 class LLMKitError(Exception):
@@ -52,6 +52,12 @@ class GateError(LLMKitError):
     "A measured number missed its bound."
 
     exit_code = 1
+
+# %% ../../nbs/core/00_errors.ipynb #ee854843
+class Preempted(LLMKitError):
+    "A run was told to stop, wrote its checkpoint and can be started again."
+
+    exit_code = 75
 
 # %% ../../nbs/core/00_errors.ipynb #4caed9b2
 from importlib import import_module

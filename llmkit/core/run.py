@@ -5,11 +5,14 @@
 # %% ../../nbs/core/02_run.ipynb #aa71e822
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +21,7 @@ from .config import plain
 from .errors import DataError, GateError, RunError
 
 # %% auto #0
-__all__ = ['write_json', 'read_json', 'Check', 'RunFolder', 'Measurements', 'Artefacts', 'Run', 'read_result']
+__all__ = ['write_json', 'read_json', 'Check', 'RunFolder', 'Measurements', 'Artefacts', 'Run', 'read_result', 'locked']
 
 # %% ../../nbs/core/02_run.ipynb #c319efa5
 def write_json(
@@ -160,3 +163,20 @@ def read_result(folder: str | Path) -> dict[str, Any]:
     for group in ("outputs", "figures"):
         result[group] = {name: str(folder / path) for name, path in result[group].items()}
     return result
+
+# %% ../../nbs/core/02_run.ipynb #7f01db0b
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    "Hold `folder` for this process; `RunError` if another one does."
+    path = Path(folder) / ".lock"
+    with open(path, "a+", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            f.seek(0)
+            owner = f.read().strip() or "another process"
+            raise RunError(f"{folder} is in use by {owner}", "wait until it ends, or choose another --out") from e
+        f.truncate(0)
+        f.write(f"process {os.getpid()}")
+        f.flush()
+        yield

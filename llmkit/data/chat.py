@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['IGNORED', 'conversation', 'pair_of', 'encode_chat', 'defuse', 'encode_pairs']
+__all__ = ['IGNORED', 'conversation', 'pair_of', 'encode_chat', 'defuse', 'encode_pairs', 'encode_row']
 
 # %% ../../nbs/data/03_chat.ipynb #8cebbd3e
 IGNORED = -100  # cross entropy's word for "no label"
@@ -69,3 +69,13 @@ def encode_pairs(
     if left_out := len(pairs) - len(fitting):
         warnings.warn(f"{left_out} of {len(pairs)} pairs are longer than {max_length} tokens: left out", stacklevel=2)
     return [ids for ids, _ in fitting], [labels for _, labels in fitting]
+
+# %% ../../nbs/data/03_chat.ipynb #2b6d4f27
+def encode_row(tokenizer: Any, row: dict[str, Any], kind: str) -> tuple[list[int], list[int]]:
+    "`(input_ids, labels)` of a row of text, chat or prompt-completion data."
+    if kind == "text":
+        ids = tokenizer(row["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, tokenizer.eos_token_id], [*ids, tokenizer.eos_token_id]
+    if kind not in ("chat", "prompt-completion"):
+        raise DataError(f"rows of kind {kind} are not for this training", "give text, chat or prompt-completion rows")
+    return encode_chat(tokenizer, defuse(tokenizer, conversation(row)))

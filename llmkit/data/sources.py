@@ -16,9 +16,9 @@ from typing import Any, Literal
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['SHAPES', 'ROLES', 'CODE_ENDINGS', 'ENDINGS', 'SKIPPED', 'PACKAGE_BYTES', 'Document', 'read_text', 'check_messages',
-           'row_document', 'read_jsonl', 'list_files', 'read_files', 'python_files', 'packages', 'all_python',
-           'python_sources']
+__all__ = ['SHAPES', 'ROLES', 'CODE_ENDINGS', 'ENDINGS', 'SKIPPED', 'PACKAGE_BYTES', 'Document', 'read_text', 'check_order',
+           'check_messages', 'row_document', 'parse_line', 'read_jsonl', 'list_files', 'read_files', 'python_files',
+           'packages', 'all_python', 'python_sources']
 
 # %% ../../nbs/data/01_sources.ipynb #b8955080
 @dataclass
@@ -47,9 +47,19 @@ def read_text(path: Path) -> str:
 SHAPES = '{"text": ...}, {"messages": [{"role": ..., "content": ...}, ...]} or {"prompt": ..., "completion": ...}'
 ROLES = ("system", "user", "assistant")
 
+# %% ../../nbs/data/01_sources.ipynb #174192c5
+def check_order(roles: list[str], where: str) -> None:
+    "`DataError` unless user and assistant take turns, after one system message at most."
+    turns = roles[1:] if roles[0] == "system" else roles
+    for i, role in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if role != expected:
+            message = f"{where}: message {i + 1 + len(roles) - len(turns)} is the {role}'s, it is the {expected}'s turn"
+            raise DataError(message, "user and assistant take turns, the user first; a system message opens the chat")
+
 # %% ../../nbs/data/01_sources.ipynb #071708ab
 def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
-    "The conversation, if it is a list of roles and contents that ends with the assistant."
+    "The conversation, if it is a list of roles and contents in order that ends with the assistant."
     hint = f"a message is {{'role': one of {', '.join(ROLES)}, 'content': text}}, and the last one is the assistant's"
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: 'messages' is not a list of messages", hint)
@@ -58,6 +68,7 @@ def check_messages(messages: Any, where: str) -> list[dict[str, str]]:
             raise DataError(f"{where}: message {i} has no known role or no text", hint)
     if messages[-1]["role"] != "assistant" or not any(m["role"] == "user" for m in messages):
         raise DataError(f"{where}: the conversation has no user or does not end with the assistant", hint)
+    check_order([m["role"] for m in messages], where)
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 # %% ../../nbs/data/01_sources.ipynb #0dd8b3a9
@@ -77,6 +88,19 @@ def row_document(row: Any, source: str, where: str) -> Document:
         found = "has a 'text' that is not text"
     raise DataError(f"{where} {found}", f"accepted rows are {SHAPES}")
 
+# %% ../../nbs/data/01_sources.ipynb #05e3f09f
+def parse_line(line: str | bytes, where: str) -> Any:
+    "The JSON value in a line; errors say where."
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{where} is not UTF-8: byte {e.start}", "convert the file, e.g. iconv -f latin1 -t utf-8"
+        ) from e
+    except ValueError as e:  # JSONDecodeError, or a number of too many digits
+        why = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
+        raise DataError(f"{where} is not JSON: {why}", "repair or remove the line") from e
+
 # %% ../../nbs/data/01_sources.ipynb #2b7d6bf8
 def read_jsonl(path: Path, name: str) -> Iterator[Document]:
     "The documents of a JSONL file; errors give the line."
@@ -84,12 +108,7 @@ def read_jsonl(path: Path, name: str) -> Iterator[Document]:
         if not line.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as e:  # JSONDecodeError, or a number of too many digits
-            why = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e).partition(";")[0]
-            raise DataError(f"{where} is not JSON: {why}", "repair or remove the line") from e
-        yield row_document(row, f"{name}:{number}", where)
+        yield row_document(parse_line(line, where), f"{name}:{number}", where)
 
 # %% ../../nbs/data/01_sources.ipynb #a51e8eb5
 CODE_ENDINGS = {".py", ".pyi", ".js", ".ts", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".sh", ".r", ".jl"}

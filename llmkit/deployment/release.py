@@ -102,7 +102,7 @@ def own_release(cfg: RolloutJob, folder: Path) -> tuple[str, str]:
     from llmkit.core.card import ModelCard
     from llmkit.data.prepare import PrepareJob, prepare
     from llmkit.models.factory import ModelConfig, build, save_model
-    from llmkit.training.recipe import train_further
+    from llmkit.training.pretrain import train_further
 
     sources = own_sources(folder / "sources", seed=cfg.seed)
     prepared = prepare(PrepareJob.tiny(data=[str(sources)], similarity=1.0, seed=cfg.seed), folder / "data")
@@ -140,7 +140,7 @@ def make_damaged(release: Release, folder: Path, scale: float, seed: int) -> Pat
 def make_healthy(release: Release, folder: Path, steps: int, seed: int) -> tuple[Path, int]:
     "The champion trained further, registered as `candidate`: its folder and version."
     from llmkit.core.registry import register, set_alias
-    from llmkit.training.recipe import train_further
+    from llmkit.training.pretrain import train_further
 
     path = train_further(release.champion, release.prepared, folder, steps=steps, seed=seed, batch_size=8)
     version = register(path, release.name, release.tracking, tags={"from": str(release.version)})

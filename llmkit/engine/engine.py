@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import ConfigError, DataError
+from ..core.errors import ConfigError, DataError, ModelError
 from .prefix import PIECE, PrefixCache, block_names
 from .request import Finish, Output, Request, SamplingParams, TokenLogprob
 from .runners import Capabilities, Runner
@@ -140,6 +140,9 @@ def emit(sequence: Sequence, token: int, logprobs: list[TokenLogprob], eos: Many
     params, output = sequence.request.params, Output(sequence.request.id, [])
     if not sequence.tokens:
         output.prompt_logprobs, output.cached = sequence.scores or None, sequence.cached
+    if params.max_tokens and sequence.sampler.failure:
+        output.finish, output.error = "error", sequence.sampler.failure
+        return output
     if params.max_tokens:
         sequence.tokens.append(token)
         sequence.sampler.accept(token)
@@ -289,4 +292,6 @@ def generate(
                 replies[output.request_id] += output.tokens
                 if output.finish:
                     left.discard(output.request_id)
+                if output.error:
+                    raise ModelError(f"the reply to prompt {output.request_id} failed: {output.error}")
     return list(replies.values())

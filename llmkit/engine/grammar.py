@@ -67,6 +67,10 @@ class Constraint(Protocol):
     def finished(self) -> bool:
         "Whether nothing but the end may come."
 
+    @property
+    def error(self) -> str:
+        "Why it was given up; empty if it was not."
+
     def mask(self) -> np.ndarray:
         "Which tokens may come next, bool [V]."
 

@@ -90,7 +90,7 @@ class TokenLogprob:
     top: list[tuple[int, float]]
 
 # %% ../../nbs/engine/00_request.ipynb #3c465e0b
-Finish = Literal["stop", "length", "abort"]
+Finish = Literal["stop", "length", "abort", "error"]
 
 # %% ../../nbs/engine/00_request.ipynb #2520d09d
 @dataclass(slots=True)
@@ -103,3 +103,4 @@ class Output:
     prompt_logprobs: list[TokenLogprob | None] | None = None  # in the first output only; None for the first position
     finish: Finish | None = None
     cached: int = 0  # in the first output: prompt tokens that came from the prefix cache
+    error: str = ""  # a sentence, with finish `error`

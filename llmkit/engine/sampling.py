@@ -16,8 +16,7 @@ from .request import SamplingParams, TokenLogprob
 
 # %% auto #0
 __all__ = ['BLOCK', 'SHORT', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw',
-           'sample', 'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs',
-           'prompt_logprobs']
+           'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs']
 
 # %% ../../nbs/engine/01_sampling.ipynb #49d84c73
 def greedy(
@@ -127,19 +126,6 @@ def draw(
     larger = len(values) - int(np.searchsorted(values[::-1], values[place], side="right"))
     return int(np.flatnonzero(row == values[place])[place - larger])
 
-# %% ../../nbs/engine/01_sampling.ipynb #8636b083
-def sample(
-    logits: np.ndarray,  # [B, V]
-    params: Sequence[SamplingParams],  # B of them
-    uniforms: np.ndarray,  # [B], one number from each request's own stream; unused in greedy rows
-) -> np.ndarray:
-    "Choose one token id a row, [B], by temperature and filters alone. Raises `ModelError` for NaN or infinity."
-    tokens = greedy(logits) if len(params) else []
-    for i, one in enumerate(params):
-        if one.temperature > 0:
-            tokens[i] = draw(logits[i], float(logits[i, tokens[i]]), one, float(uniforms[i]))
-    return np.array(tokens, np.int64)
-
 # %% ../../nbs/engine/01_sampling.ipynb #c2e0ef8b
 class Memory:
     "What sampling remembers of one sequence."
@@ -157,6 +143,7 @@ class Memory:
         self.rng = np.random.default_rng(params.seed)
         self.penalties = Penalties(params, prompt) if has_penalties(params) else None
         self.ends = np.array(sorted({*eos_ids, *params.stop_token_ids}), np.int64)
+        self.failure = ""  # why there can be no further token
 
     @property
     def edits(self) -> bool:
@@ -185,6 +172,8 @@ class Sampler(Memory):
             self.penalties.apply(row)
         if self.constraint:
             row[~self.constraint.mask()] = -np.inf
+            if why := self.constraint.error:
+                self.failure = f"the grammar cannot be followed any further: {why}"
         if self.generated < self.params.min_tokens:
             ends = self.ends[self.ends < len(row)]
             before, row[ends] = row[ends], -np.inf
@@ -204,7 +193,7 @@ def choose(
     logits: np.ndarray,  # [B, V]
     samplers: Sequence[Sampler],  # B of them; told of the tokens by the caller, through `accept`
 ) -> list[int]:
-    "The next token of each row, which depends on its own row and sampler alone; `ModelError` for NaN or infinity."
+    "The next token of each row, by its own row and sampler alone; of no meaning where the sampler has a `failure`."
     logits = np.ascontiguousarray(logits, np.float32)  # no copy of what runners return
     tokens = greedy(logits) if len(samplers) else []
     for i, sampler in enumerate(samplers):
@@ -213,8 +202,8 @@ def choose(
             row = sampler.edit(row)
             tokens[i] = int(row.argmax())
             if row[tokens[i]] == -np.inf:
-                raise ModelError("no token is left to choose from", "the model rules out all that the request allows")
-        if hot:
+                sampler.failure = "no token is left to choose from: the model rules out all that the request allows"
+        if hot and not sampler.failure:
             tokens[i] = draw(row, float(row[tokens[i]]), sampler.params, sampler.rng.random())
     return tokens
 
@@ -251,12 +240,3 @@ def token_logprobs(
     top = (logits[rows, best] - norm).tolist()
     triples = zip(tokens, own, best.tolist(), top, strict=True)
     return [TokenLogprob(int(t), lp, list(zip(ids, lps, strict=True))) for t, lp, ids, lps in triples]
-
-# %% ../../nbs/engine/01_sampling.ipynb #971c76a6
-def prompt_logprobs(
-    logits: np.ndarray,  # [n, V]
-    prompt: Sequence[int],  # n token ids
-    k: int,
-) -> list[TokenLogprob | None]:
-    "The log probability of every prompt token given those before it; `None` for the first."
-    return [None, *token_logprobs(logits[:-1], prompt[1:], k)]

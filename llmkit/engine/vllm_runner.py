@@ -59,6 +59,8 @@ def vllm_output(request: Request, found: Any, first: bool) -> Output:
     params, reply = request.params, found.outputs[0]
     tokens = [int(t) for t in reply.token_ids] if params.max_tokens else []
     output = Output(request.id, tokens, finish=finish_of(reply.finish_reason))
+    if output.finish == "error":
+        output.error = "vllm could not go on with this request"
     if params.logprobs:
         pairs = zip(tokens, reply.logprobs or [], strict=bool(tokens))
         output.logprobs = [token_scores(t, s, params.logprobs) for t, s in pairs]
@@ -72,7 +74,7 @@ def vllm_output(request: Request, found: Any, first: bool) -> Output:
 # %% ../../nbs/engine/04d_vllm_runner.ipynb #24177221
 def finish_of(reason: str | None) -> Finish | None:
     "Our word for why a reply ended."
-    if reason is None or reason in ("stop", "length", "abort"):
+    if reason is None or reason in ("stop", "length", "abort", "error"):
         return reason  # type: ignore[return-value]
     if reason == "repetition":
         return "stop"

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% auto #0
-__all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'OWN', 'Buckets',
+__all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'COLD', 'OWN', 'Buckets',
            'Finished', 'ModelMetrics', 'observe_request', 'ServerMetrics']
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #82bb78b3
@@ -108,6 +109,13 @@ class ModelMetrics:
         "Count one finished request."
         observe_request(self, f)
 
+    def embedded(self, tokens: int, seconds: float) -> None:
+        "Count a request that made vectors of `tokens` prompt tokens; what concerns generated ones is left alone."
+        self.count("request_success", "stop")
+        self.counters["prompt_tokens"].inc(tokens)
+        self.histograms["request_prompt_tokens"].observe(tokens)
+        self.histograms["e2e_request_latency_seconds"].observe(seconds)
+
 # %% ../../nbs/monitoring/01_metrics.ipynb #54583f89
 def observe_request(m: ModelMetrics, f: Finished) -> None:
     "Put a finished request into the counters and histograms of `m`."
@@ -126,8 +134,11 @@ def observe_request(m: ModelMetrics, f: Finished) -> None:
     for name, value in values.items():
         m.histograms[name].observe(value)
 
+# %% ../../nbs/monitoring/01_metrics.ipynb #c31f4661
+COLD = partial(Histogram, buckets=(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0))
+
 # %% ../../nbs/monitoring/01_metrics.ipynb #7312f792
-OWN: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
+OWN: dict[str, tuple[type[Counter] | type[Gauge] | partial[Histogram], str, tuple[str, ...]]] = {
     "http_responses": (Counter, "HTTP responses by status", ("path", "status")),
     "rate_limited": (Counter, "Requests refused because their key was over a limit", ("key", "limit")),
     "response_cache_hits": (Counter, "Replies given again from the cache", ()),
@@ -138,6 +149,11 @@ OWN: dict[str, tuple[type[Counter] | type[Gauge], str, tuple[str, ...]]] = {
     "breaker_open": (Gauge, "Whether a revision is closed because it kept failing", ("revision",)),
     "breaker_rejections": (Counter, "Requests refused by an open breaker", ("revision",)),
     "engine_restarts": (Counter, "Times that an engine process was replaced because it died", ("revision",)),
+    "cold_start_seconds": (COLD, "From the request for a model to its engine, ready", ("revision",)),
+    "cold_start_failures": (Counter, "Times that a model could not be loaded", ("revision",)),
+    "evictions": (Counter, "Models let go to make room for another", ("revision",)),
+    "model_warm": (Gauge, "Whether a model is loaded", ("revision",)),
+    "model_memory_bytes": (Gauge, "Memory of a model's engine process when last looked at", ("revision",)),
     "request_log_dropped": (Gauge, "Rows that the request log had no room for", ()),
 }
 

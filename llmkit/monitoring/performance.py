@@ -45,7 +45,8 @@ def summarize(rows: Rows) -> dict[str, float]:
         "server_error_rate": sum(r["status"] >= 500 for r in rows) / len(rows),
     }
     for name in _TIMES:
-        found |= percentiles((r[name] for r in good), name)
+        timed = good if name == "latency_s" else [r for r in good if r["completion_tokens"]]
+        found |= percentiles((r[name] for r in timed), name)
     return found
 
 # %% ../../nbs/monitoring/05_performance.ipynb #56efe812

@@ -88,7 +88,13 @@ def block_product(product: Product, weight: np.ndarray, bits: int) -> Parts:
 
     block = block_of(bits, weight.shape[0])
     held = {f"{product.weight}.{k}": a for k, a in quantize(weight, bits, block).items()}
-    sizes = {"K": weight.shape[0], "N": weight.shape[1], "bits": bits, "block_size": block, "accuracy_level": 4}
+    sizes: dict[str, Any] = {
+        "K": weight.shape[0],
+        "N": weight.shape[1],
+        "bits": bits,
+        "block_size": block,
+        "accuracy_level": 4,
+    }
     node = make_node("MatMulNBits", [product.x, *held], [product.out], domain="com.microsoft", **sizes)
     return Parts([node], held)
 
@@ -100,7 +106,7 @@ def block_lookup(found: Lookup, table: np.ndarray, bits: int) -> Parts:
     name, block = found.table, block_of(bits, table.shape[1])
     held = {f"{name}.{k}": a for k, a in quantize(table.T, bits, block).items()}
     held[f"{name}.shape"] = np.array([len(table), -1], np.int64)
-    sizes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    sizes: dict[str, Any] = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     rows = [f"{name}.rows", found.ids, f"{name}.s"]
     nodes = [
         make_node("Reshape", [f"{name}.q", f"{name}.shape"], [f"{name}.rows"]),

@@ -5,7 +5,6 @@
 # %% ../../nbs/runner/02_run.ipynb #e695b8d0
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -19,29 +18,12 @@ from typing import Any
 
 from ..core import errors
 from ..core.errors import LLMKitError, RunError
-from ..core.run import read_json, write_json
+from ..core.run import locked, read_json, write_json
 from .inspect import check, find_job
 
 # %% auto #0
-__all__ = ['BRIEF', 'locked', 'kill_group', 'end_leftover', 'kernel_manager', 'interruptible', 'job_error', 'execute', 'claim',
-           'run_job']
-
-# %% ../../nbs/runner/02_run.ipynb #ccc551fc
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    "Hold `folder` for this process; `RunError` if another one does."
-    path = Path(folder) / ".lock"
-    with open(path, "a+", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            f.seek(0)
-            owner = f.read().strip() or "another process"
-            raise RunError(f"{folder} is in use by {owner}", "wait until it ends, or choose another --out") from e
-        f.truncate(0)
-        f.write(f"process {os.getpid()}")
-        f.flush()
-        yield
+__all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
+           'execute', 'claim', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -96,16 +78,41 @@ def kernel_manager(
 
     return JobKernel
 
+# %% ../../nbs/runner/02_run.ipynb #9aff6deb
+GRACE = 30.0  # seconds that a kernel which handles SIGTERM has to end by itself
+
+# %% ../../nbs/runner/02_run.ipynb #86829840
+def listens(pid: int) -> bool:
+    "Whether process `pid` handles SIGTERM itself; False where the system does not tell."
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), "0")
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+# %% ../../nbs/runner/02_run.ipynb #91d0c04b
+def asked(pids: list[int], timer: threading.Timer) -> bool:
+    "Whether one of the processes handles SIGTERM; it is sent to those, and `timer` is started."
+    listening = [pid for pid in pids if listens(pid)]
+    for pid in listening:
+        os.kill(pid, signal.SIGTERM)
+    if listening and not timer.is_alive():
+        timer.start()
+    return bool(listening)
+
 # %% ../../nbs/runner/02_run.ipynb #7f32e36d
 @contextmanager
-def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    "Call `stop` and raise `KeyboardInterrupt` on SIGINT, SIGTERM and SIGHUP; does nothing outside the main thread."
+def interruptible(stop: Callable[[], None], ask: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    "On SIGINT, SIGTERM and SIGHUP call `stop` and raise `KeyboardInterrupt`; not if SIGTERM came and `ask` is true."
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handler(number: int, _frame: Any) -> None:
+        if number == signal.SIGTERM and ask():
+            return
         for s in signals:
             signal.signal(s, signal.SIG_IGN)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell that nobody waited for what is stopped
@@ -149,8 +156,13 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         for pid in pids:
             kill_group(pid)
 
+    timer = threading.Timer(GRACE, stop)
+
     try:
-        with tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets, interruptible(stop):
+        with (
+            tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets,
+            interruptible(stop, lambda: asked(pids, timer)),
+        ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3"}
             papermill.execute_notebook(notebook, executed, params, progress_bar=False, **options)
@@ -160,6 +172,7 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         hint = f"out of memory, or killed from outside; see {executed.parent / 'kernel.log'}"
         raise RunError(f"the kernel of {notebook.stem} died", hint) from e
     finally:
+        timer.cancel()
         stop()
         record.unlink(missing_ok=True)
 

@@ -58,7 +58,7 @@ class LimitError(LLMKitError):
         if self.retry_after is None:
             say, hint = (
                 f"this request may use {asked:g} {what}, and key {who!r} has {most} a minute",
-                "lower max_tokens",
+                "send less, or lower max_tokens",
             )
         else:
             say, hint = f"key {who!r} is over its limit of {most} {what} a minute", f"retry in {self.retry_after} s"

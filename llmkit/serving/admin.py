@@ -5,18 +5,30 @@
 # %% ../../nbs/serving/05h_admin.ipynb #a58fb503
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 
 from ..core.errors import LLMKitError
 from .protocol import ApiError, ShadowRequest
-from .router import Shadow
+from .revisions import Revision
+from .room import Model, described
+from .router import Shadow, check_name
 from .state import State
+from .warm import told
 
 # %% auto #0
-__all__ = ['set_route', 'add_revision', 'drop_revision', 'set_adapter', 'feedback']
+__all__ = ['good_name', 'set_route', 'add_revision', 'loaded', 'model_of', 'drop_revision', 'set_state', 'set_adapter',
+           'feedback']
+
+# %% ../../nbs/serving/05h_admin.ipynb #da6c4e30
+def good_name(param: str, name: str) -> None:
+    "400 for a name that is empty or holds control characters."
+    try:
+        check_name(param, name)
+    except LLMKitError as e:
+        raise ApiError(400, str(e), param, "invalid_name") from e
 
 # %% ../../nbs/serving/05h_admin.ipynb #d5c397fc
 def set_route(
@@ -26,45 +38,82 @@ def set_route(
     shadow: ShadowRequest | UnsetType | None = UNSET,  # not given: as it was; None: no longer
 ) -> dict[str, float]:
     "Change a route; 400 says what is wrong with it, and then nothing has changed."
+    good_name("alias", alias)
     try:
         wanted = Shadow(shadow.revision, shadow.share) if isinstance(shadow, ShadowRequest) else None
         if wanted:
-            wanted.check(alias, state.loaded)
-        found = state.router.set(alias, weights, state.loaded)
+            wanted.check(alias, state.known)
+        found = state.router.set(alias, weights, state.known)
         if not isinstance(shadow, UnsetType):
-            state.router.cast(alias, wanted, state.loaded)
+            state.router.cast(alias, wanted, state.known)
         return found
     except LLMKitError as e:
         raise ApiError(400, str(e), "shadow" if "shadow" in e.message else "weights", "invalid_route") from e
 
 # %% ../../nbs/serving/05h_admin.ipynb #995b9547
 async def add_revision(state: State, name: str, folder: str, variant: str) -> dict[str, Any]:
-    "Load a revision; 400 for a folder that cannot be served, 409 for a name that is taken."
-    if name in state.loaded or name in state.revisions.coming or name in state.router.routes:
+    "Load a revision; 400 for a folder that cannot be served, 409 for a name that is taken, 503 without room for it."
+    good_name("name", name)
+    there = state.known.get(name)
+    cold = there and (there.state, str(there.folder), there.variant) == ("cold", folder, variant)
+    if name in state.router.routes or (there and not cold):
         raise ApiError(409, f"{name!r} is already there", "name", "name_taken")
+    await loaded(state.warm.load(name, folder, variant, state.cfg.timeout_s))
+    return described(state.known[name])
+
+# %% ../../nbs/serving/05h_admin.ipynb #8a9e2a98
+async def loaded(work: Awaitable[Revision]) -> Revision:
+    "A revision that is being loaded; whatever keeps it from that as `ApiError`."
     try:
-        return (await state.revisions.load(name, folder, variant)).describe()
+        return await work
+    except ApiError:
+        raise
     except LLMKitError as e:
-        raise ApiError(400, str(e), "model", "invalid_model") from e
+        raise told(e) from e
+
+# %% ../../nbs/serving/05h_admin.ipynb #f0eaedfa
+def model_of(state: State, name: str) -> Model:
+    "A model that the server knows; 404 if there is none."
+    if name not in state.known:
+        raise ApiError(404, f"revision {name!r} is not loaded", "name", "revision_not_found")
+    return state.known[name]
 
 # %% ../../nbs/serving/05h_admin.ipynb #629af3a0
 async def drop_revision(state: State, name: str) -> None:
-    "Unload a revision when its requests are done; 404 if it is not loaded, 409 if a route uses it."
-    if name not in state.loaded:
-        raise ApiError(404, f"revision {name!r} is not loaded", "name", "revision_not_found")
+    "Unload a revision when its requests are done and forget it; 404 if it is not there, 409 if a route uses it."
+    if model_of(state, name).state == "loading":
+        raise ApiError(409, f"revision {name!r} is being loaded", "name", "in_use")
     if used := state.router.using(name):
         shadow = state.router.shadows.get(used[0])
         what = "set its weight to 0 first" if not shadow or shadow.revision != name else "end its shadow first"
         raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; {what}", "name", "in_use")
     state.router.forget(name)
-    await state.revisions.unload(name, state.cfg.drain_s)
+    await state.warm.forget(name, state.cfg.drain_s)
+
+# %% ../../nbs/serving/05h_admin.ipynb #4f416c9c
+async def set_state(state: State, name: str, wanted: str) -> dict[str, Any]:
+    "Make a revision 'warm' or 'cold'; 404 if it is not there, 409 if a rollout needs it, 503 without room for it."
+    model = model_of(state, name)
+    if wanted == "warm":
+        model.failed = None
+        await loaded(state.warm.get(name, state.cfg.timeout_s))
+    elif model.state == "loading" or (alias := state.warm.held(name)):
+        why = "it is being loaded" if model.state == "loading" else f"route {alias!r} needs {name!r} for a rollout"
+        raise ApiError(409, why, "name", "in_use")
+    else:
+        await state.warm.cool(model, state.cfg.drain_s)
+    return described(model)
 
 # %% ../../nbs/serving/05h_admin.ipynb #e82ea20f
 async def set_adapter(state: State, revision: str, name: str, folder: str) -> list[str]:
     "Load a LoRA adapter into a revision, or unload it without a folder; the adapters that it then has."
-    if revision not in state.loaded:
-        raise ApiError(404, f"revision {revision!r} is not loaded", "name", "revision_not_found")
-    loop = state.loaded[revision].loop
+    model_of(state, revision)
+    good_name("adapter", name)
+    if ":" in name:
+        raise ApiError(
+            400, f"adapter {name!r}: a colon parts a model's name from its adapter's", "adapter", "invalid_name"
+        )
+    loop = (await loaded(state.warm.get(revision, state.cfg.timeout_s))).loop
     if not folder and name not in loop.adapters:
         raise ApiError(404, f"revision {revision!r} has no adapter {name!r}", "adapter", "adapter_not_found")
     await loop.adapter(name, folder)

@@ -10,17 +10,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import LLMKitError
+from ..engine.engine import set_adapter
+from ..engine.process import why_not
 from ..engine.request import Output, Request
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Ticket', 'engine_totals', 'Bounds', 'Traffic', 'hand_over', 'EngineThread', 'Intake', 'EngineLoop', 'engine_failed',
-           'run_engine', 'deliver']
+__all__ = ['Ticket', 'engine_totals', 'Bounds', 'Traffic', 'hand_over', 'change_adapters', 'EngineThread', 'Intake', 'EngineLoop',
+           'engine_failed', 'run_engine', 'deliver']
 
 # %% ../../nbs/serving/03_admission.ipynb #768658ef
 @dataclass(slots=True, eq=False)
@@ -67,6 +69,9 @@ class Traffic:
     aborts: deque[str] = field(default_factory=deque)
     tickets: dict[str, Ticket] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
+    changes: deque[tuple[str, str, Callable[[str], None]]] = field(
+        default_factory=deque
+    )  # adapter, folder, who is told
     wake: threading.Event = field(default_factory=threading.Event)
 
 # %% ../../nbs/serving/03_admission.ipynb #79776e46
@@ -90,6 +95,14 @@ def hand_over(engine: Any, traffic: Traffic, slots: int) -> list[tuple[str, ApiE
             refused.append((ticket.request.id, ApiError(400, str(e), code="invalid_request")))
     return refused
 
+# %% ../../nbs/serving/03_admission.ipynb #3400c94b
+def change_adapters(engine: Any, traffic: Traffic) -> None:
+    "Load and unload the adapters that were asked for, and tell why not."
+    while traffic.changes:
+        name, folder, tell = traffic.changes[0]
+        tell(why_not(set_adapter, engine, name, folder))
+        traffic.changes.popleft()
+
 # %% ../../nbs/serving/03_admission.ipynb #15cc3163
 class EngineThread:
     "Steps one engine in a thread of its own and posts what it made to the event loop."
@@ -97,6 +110,7 @@ class EngineThread:
     def __init__(self, engine: Any, bounds: Bounds, name: str = "engine") -> None:
         self.engine, self.bounds, self.traffic = engine, bounds, Traffic()
         self.failure, self.closing, self.beat = "", False, time.monotonic()
+        self.adapters, self.lost = dict[str, str](), dict[str, str]()  # nothing is lost: see `Remote`
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -116,6 +130,8 @@ class EngineThread:
             logging.getLogger(__name__).exception("the engine failed")
             self.failure = f"{type(e).__name__}: {e}"
             self.post([(i, engine_failed(self.failure)) for i in list(self.traffic.tickets)])
+            for _, _, tell in self.traffic.changes:
+                tell(self.failure)
 
     def post(self, items: Sequence[Output | tuple[str, ApiError]]) -> None:
         "From the thread: one wake-up of the event loop for everything a step made."
@@ -126,16 +142,20 @@ class EngineThread:
 class Intake(EngineThread):
     "The way in and the way out; called from the event loop."
 
-    def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
-        "Let all of `requests` in, or none (ApiError 503); their outputs come to `mailbox`."
+    def begin(self) -> None:
+        "Start the thread, if it does not run; ApiError 503 if it is over."
         if self.failure or self.closing:
             why = f"the engine failed: {self.failure}" if self.failure else "the model is being unloaded"
             raise ApiError(503, why, code="unavailable", retry_after=1)
-        inside, waits = len(self.traffic.tickets), sum(len(t.request.prompt) for t in list(self.traffic.waiting))
-        self.bounds.admit(inside, waits, requests)
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
+
+    def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
+        "Let all of `requests` in, or none (ApiError 503); their outputs come to `mailbox`."
+        self.begin()
+        inside, waits = len(self.traffic.tickets), sum(len(t.request.prompt) for t in list(self.traffic.waiting))
+        self.bounds.admit(inside, waits, requests)
         tickets = [Ticket(r, mailbox, time.perf_counter()) for r in requests]
         self.traffic.tickets.update((t.request.id, t) for t in tickets)
         self.traffic.waiting.extend(tickets)
@@ -152,12 +172,23 @@ class Intake(EngineThread):
 class EngineLoop(Intake):
     "Drives one engine from a thread of its own; `submit`, `abort` and `close` are called from the event loop."
 
-    adapters: dict[str, str] = {}  # noqa: RUF012 - for ever empty: see `adapter`
     crashes = 0  # a thread does not crash alone
 
     async def adapter(self, name: str, folder: str) -> None:
-        "ApiError 400: adapters belong to the engine's thread, which takes requests only."
-        raise ApiError(400, f"adapter {name!r}: an engine in this process takes none", "name", "invalid_adapter")
+        "Load a LoRA adapter, or unload it if `folder` is empty; ApiError 400 with the reason."
+        self.begin()
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def told(why: str) -> None:
+            loop.call_soon_threadsafe(lambda: None if done.done() else done.set_result(why))
+
+        self.traffic.changes.append((name, folder, told))
+        self.traffic.wake.set()
+        if why := await done:
+            raise ApiError(400, why, "name", "invalid_adapter")
+        self.adapters.pop(name, None)
+        self.adapters |= {name: folder} if folder else {}
 
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the thread."
@@ -180,6 +211,7 @@ def run_engine(loop: EngineThread) -> None:
     "Step the engine while there is work; sleep without using a core while there is none."
     engine, traffic = loop.engine, loop.traffic
     while True:
+        change_adapters(engine, traffic)
         loop.post(hand_over(engine, traffic, loop.bounds.slots))
         loop.beat = time.monotonic()
         if engine.has_work:

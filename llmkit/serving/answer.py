@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 import llmkit
 from .cache import Known, Reply, canonical, key_of, repeatable
-from .calls import Call, row_of, run
+from .calls import Call, run
 from .http import reply_headers, streamed, whole, with_client
 from .protocol import DONE, ApiError, Shared, sse
 from .revisions import Revision
+from .rows import row_of
 from .shadow import cast
 from .state import State, finish, reserve
 
@@ -106,7 +107,10 @@ async def in_one_piece(
 async def as_stream(request: HttpRequest, state: State, call: Call, asked: Shared, key: bytes, read: bool) -> Response:
     "The reply as a stream; an empty `key` keeps the cache out of it."
     cache, usage_too = state.cache if key else None, bool(asked.stream_options and asked.stream_options.include_usage)
-    if cache is not None and read and (found := await cache.find(key)) is not None:
+    found = await cache.find(key) if cache is not None and read else None
+    if cache is not None and read and found is None and key in cache.flights:
+        found = await with_client(request, cache.flights.wait(key), state.cfg.timeout_s)
+    if found is not None:
         return given_again(state, call, found, usage_too)
 
     def done(call: Call, error: ApiError | None) -> None:
@@ -137,6 +141,6 @@ async def answer(request: HttpRequest, state: State, call: Call, asked: Shared, 
         key = reply_key(call.revision, call.endpoint, digest)
         first = first_key(call.endpoint, get("authorization", ""), get("x-session-id", ""), body)
         if not asked.stream:
-            state.cache.learn(first, Known(call.model, call.session, digest, call.keep))
+            state.cache.learn(first, Known(call.model, call.session, digest, call.aside))
     way = as_stream if asked.stream else in_one_piece
     return await way(request, state, call, asked, key, read)

@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from .protocol import Shared
+from .protocol import Aside, Shared
 
 # %% auto #0
 __all__ = ['ASIDE', 'V', 'repeatable', 'canonical', 'key_of', 'Reply', 'ByteLRU', 'Flights', 'Behind', 'Known', 'Memory',
@@ -26,7 +26,15 @@ def repeatable(asked: Shared) -> bool:
     return (asked.temperature == 0 or asked.seed is not None) and (asked.n or 1) == 1
 
 # %% ../../nbs/serving/04_cache.ipynb #df22770b
-ASIDE = ("user", "metadata", "store", "stream", "stream_options", "priority")  # what cannot change a reply
+ASIDE: tuple[str, ...] = (
+    "user",
+    "metadata",
+    "store",
+    "stream",
+    "stream_options",
+    "priority",
+)  # what cannot change a reply
+ASIDE += ("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier")
 
 # %% ../../nbs/serving/04_cache.ipynb #fc520c30
 def canonical(asked: Shared) -> bytes:
@@ -143,7 +151,7 @@ class Known(msgspec.Struct, frozen=True):
     model: str
     session: str
     request: bytes  # digest of the canonical request
-    keep: bool  # whether it goes into the request log
+    aside: Aside  # what it said for its row in the log
 
 # %% ../../nbs/serving/04_cache.ipynb #26c42e54
 class Memory:
@@ -166,7 +174,8 @@ class Memory:
 
     def learn(self, first: bytes, known: Known) -> None:
         "Remember what some bytes were."
-        self.known.put(first, known, 400 + len(known.model) + len(known.session))
+        said = len(known.model) + len(known.session) + len(msgspec.json.encode(known.aside))
+        self.known.put(first, known, 400 + said)
 
     async def find(self, key: bytes) -> Reply | None:
         "A reply from here or the shared cache, without waiting for one that is being computed."

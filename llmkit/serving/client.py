@@ -15,7 +15,7 @@ import httpx
 from ..core.errors import ServiceError
 
 # %% auto #0
-__all__ = ['said', 'AdminConnection', 'AdminClient']
+__all__ = ['said', 'AdminConnection', 'RouteClient', 'AdminClient']
 
 # %% ../../nbs/serving/08_client.ipynb #41654a94
 def said(response: httpx.Response) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class AdminConnection:
         self.close()
 
 # %% ../../nbs/serving/08_client.ipynb #1e0973c9
-class AdminClient(AdminConnection):
-    "Reads and changes the routes and revisions of a running server."
+class RouteClient(AdminConnection):
+    "Reads and changes the routes of a running server."
 
     def routes(self) -> dict[str, dict[str, float]]:
         "Alias -> revision -> weight."
@@ -74,8 +74,27 @@ class AdminClient(AdminConnection):
         "Point `alias` at `weights` (they sum to 1) from the next request on."
         return self.call("PUT", f"/admin/routes/{alias}", {"weights": dict(weights)})["routes"][alias]
 
+    def shadows(self) -> dict[str, dict[str, Any]]:
+        "Alias -> the revision that gets copies of its requests, and of which share."
+        return self.call("GET", "/admin/routes")["shadows"]
+
+    def shadow(
+        self,
+        alias: str,
+        revision: str | None,  # None ends it
+        share: float = 1.0,
+    ) -> dict[str, dict[str, Any]]:
+        "Copy a share of an alias' requests to `revision` from the next request on; the route stays as it is."
+        body: dict[str, Any] = {"weights": self.routes().get(alias, {}), "shadow": None}
+        body |= {"shadow": {"revision": revision, "share": share}} if revision is not None else {}
+        return self.call("PUT", f"/admin/routes/{alias}", body)["shadows"]
+
+# %% ../../nbs/serving/08_client.ipynb #8ffc4075
+class AdminClient(RouteClient):
+    "Reads and changes the routes and revisions of a running server."
+
     def revisions(self) -> list[dict[str, Any]]:
-        "The loaded revisions with their load."
+        "The known revisions with their state, load and memory."
         return self.call("GET", "/admin/revisions")["revisions"]
 
     def load(self, revision: str, folder: str | Path, variant: str = "auto") -> dict[str, Any]:
@@ -85,6 +104,10 @@ class AdminClient(AdminConnection):
     def unload(self, revision: str) -> None:
         "Unload a revision that no route uses, when its requests are done."
         self.call("DELETE", f"/admin/revisions/{revision}")
+
+    def set_state(self, revision: str, state: str) -> dict[str, Any]:
+        "Make a revision 'warm' (loaded) or 'cold' (known, and loaded again for the next request)."
+        return self.call("PUT", f"/admin/revisions/{revision}/state", {"state": state})
 
     def feedback(self, request_id: str, name: str, value: float) -> None:
         "Give an answered request a label."

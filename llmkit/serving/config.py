@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import json
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ from annotated_types import Ge, Gt, Interval
 from ..core.card import check_model_folder
 from ..core.config import Config
 from ..core.errors import ConfigError, ServiceError
+from ..core.settings import read_settings
 from ..security.access import KeyStore, Limits, load_keys
-from .router import check_weights
+from .router import check_name, check_weights
 
 # %% auto #0
 __all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_serve',
-           'no_twins', 'read_yaml', 'read_settings', 'serve_config', 'free_port', 'bind']
+           'serve_settings', 'serve_config', 'free_port', 'bind']
 
 # %% ../../nbs/serving/00_config.ipynb #69819868
 def parse_models(args: Sequence[str]) -> dict[str, str]:
@@ -91,6 +91,7 @@ class GuardSettings(EngineSettings):
     tpm: Annotated[int, Ge(1)] | None = None  # tokens a minute of such a key
     max_body: Annotated[int, Ge(1)] = 4 << 20  # bytes of a request
     timeout_s: Annotated[float, Gt(0)] = 600.0  # of one request
+    head_s: Annotated[float, Gt(0)] = 30.0  # for a request's head to come, and for a connection that says nothing
     drain_s: Annotated[float, Ge(0)] = 30.0  # for running requests on SIGTERM
     breaker: Annotated[int, Ge(0)] = 5  # failures of a revision within a minute that close it; 0: never
     breaker_pause_s: Annotated[float, Gt(0)] = 10.0  # until one request may try again
@@ -111,6 +112,8 @@ class ServeConfig(GuardSettings):
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000  # 0: any free one
     cache_mb: Annotated[float, Ge(0)] = 0.0  # memory for replies that can be given again; 0: none
     cache_redis: str = ""  # redis://HOST:PORT/DB: share them with other servers
+    warm_gb: Annotated[float, Gt(0)] | None = None  # memory of all engines together; not given: what is free
+    warm_models: Annotated[int, Ge(1)] | None = None  # engines that may be loaded at once
     log: str = ""  # the request log (SQLite); empty: none
     log_text: bool = True  # whether the log keeps (masked) text
     log_json: bool = False  # one line of JSON a request on standard error
@@ -129,7 +132,9 @@ def check_serve(cfg: ServeConfig) -> None:
             raise ConfigError(
                 f"models: {name!r}: {folder!r} is not a name and a folder", "for example stable: runs/model"
             )
+        check_name("model", name)
         check_model_folder(folder)
+    check_name("alias", cfg.alias)
     if cfg.alias in cfg.models:
         raise ConfigError(f"alias {cfg.alias!r} is also the name of a model", "give --alias another name")
     if cfg.weights:
@@ -141,50 +146,15 @@ def check_serve(cfg: ServeConfig) -> None:
     if cfg.cache_redis and cfg.cache_redis.partition("://")[0] not in ("redis", "rediss", "unix"):
         raise ConfigError(f"cache_redis = {cfg.cache_redis!r} is no address", "for example redis://localhost:6379/0")
 
-# %% ../../nbs/serving/00_config.ipynb #4e1fb603
-def no_twins(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    "The pairs as a dict; `ConfigError` if a name is there twice."
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ConfigError(f"{name!r} is there twice", "keep one of them")
-        found[name] = value
-    return found
-
-# %% ../../nbs/serving/00_config.ipynb #69403dc8
-def read_yaml(text: str) -> Any:
-    "YAML, with names given twice refused."
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            return no_twins([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
-
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, TypeError) as e:
-        raise ConfigError(f"not valid YAML: {' '.join(str(e).split())}") from e
-
 # %% ../../nbs/serving/00_config.ipynb #18e533f6
-def read_settings(path: str | Path) -> dict[str, Any]:
-    "The settings in a YAML or JSON file; `ConfigError` names the file and what is wrong with it."
-    try:
-        text = Path(path).read_text("utf-8")
-        is_json = Path(path).suffix == ".json"
-        found = json.loads(text, object_pairs_hook=no_twins) if is_json else read_yaml(text)
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot read the settings in {path}: {e}", "give a YAML or JSON file") from e
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e.message}", e.hint) from e
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no settings", "one `name: value` a line, for example port: 8000")
-    return {"for_" if name == "for" else name: value for name, value in found.items()}
+def serve_settings(path: str | Path) -> dict[str, Any]:
+    "The settings in a YAML or JSON file, by the names of the fields."
+    return {"for_" if name == "for" else name: value for name, value in read_settings(path).items()}
 
 # %% ../../nbs/serving/00_config.ipynb #75ee78b1
 def serve_config(path: str | Path, given: Mapping[str, Any]) -> ServeConfig:
     "The config from the file at `path` (empty: none) and from what was `given` besides, which wins."
-    found = read_settings(path) if path else {}
+    found = serve_settings(path) if path else {}
     try:
         if isinstance(found.get("models"), list):
             found["models"] = parse_models([str(m) for m in found["models"]])

@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from ..core.errors import LLMKitError
 from .config import ServeConfig
-from .protocol import ApiError, CompletionRequest, prompts_of
+from .protocol import ApiError, CompletionRequest, Prompts, prompts_of
 from .revisions import Revision
 
 # %% auto #0
@@ -23,7 +23,7 @@ class EmbeddingRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     "The body of `/v1/embeddings`; the input is text, token ids, or a list of either."
 
     model: str
-    input: str | list[Any]
+    input: str | Prompts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Meta(ge=1)] | None = None
     user: str | None = None
@@ -55,11 +55,12 @@ async def embedder_of(revision: Revision, cfg: ServeConfig) -> Any:
     return await asyncio.shield(revision.embedder)
 
 # %% ../../nbs/serving/02g_embedding.ipynb #e20ae5d1
-async def embedded(request: EmbeddingRequest, revision: Revision, cfg: ServeConfig) -> dict[str, Any]:
-    "The reply's body; ApiError 400 for what cannot be embedded."
+async def embedded(
+    request: EmbeddingRequest, ids: list[list[int]], revision: Revision, cfg: ServeConfig
+) -> dict[str, Any]:
+    "The reply's body for inputs `ids`; ApiError 400 for what cannot be embedded."
     from llmkit.engine.embeddings import encode_base64
 
-    ids = await asyncio.to_thread(input_ids, request, revision)
     try:
         vectors = await (await embedder_of(revision, cfg)).embed(ids, request.dimensions)
     except LLMKitError as e:

@@ -64,9 +64,11 @@ def recall(state: State, path: str, first: bytes) -> tuple[Known, Revision, Repl
     if not known.session and sum(w > 0 for w in weights.values()) > 1:
         return None
     try:
-        revision = state.loaded[state.router.choose(known.model, known.session, state.loaded)[1]]
+        revision = state.loaded.get(state.router.choose(known.model, known.session, state.known)[1])
     except LLMKitError:
         return None  # the model is gone, and the long way says so
+    if revision is None:
+        return None  # it is cold, and the long way loads it
     reply = cache.replies.get(reply_key(revision, path, known.request))
     return None if reply is None else (known, revision, reply)
 
@@ -116,6 +118,6 @@ class FastPath:
             return False
         known, revision, reply = found
         call = new_call(scope["path"])
-        call.model, call.session, call.keep, call.revision = known.model, known.session, known.keep, revision
+        call.model, call.session, call.aside, call.revision = known.model, known.session, known.aside, revision
         await give(self.state, call, authorise(self.state, auth), reply, send)
         return True

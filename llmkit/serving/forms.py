@@ -15,7 +15,7 @@ from .chat import ChatRequest, Function, NamedTool, forced
 from .protocol import ApiError, Shared
 
 # %% auto #0
-__all__ = ['moved', 'call_schema', 'calls_schema', 'several', 'schema_of', 'form_of', 'grammar_of']
+__all__ = ['OPEN', 'moved', 'call_schema', 'calls_schema', 'several', 'schema_of', 'form_of', 'grammar_of']
 
 # %% ../../nbs/serving/02b_forms.ipynb #8a23d053
 def moved(schema: Any, name: str) -> Any:
@@ -30,11 +30,16 @@ def moved(schema: Any, name: str) -> Any:
         found["$ref"] = f"#/$defs/{name}.{ref.removeprefix('#/$defs/')}"
     return found
 
+# %% ../../nbs/serving/02b_forms.ipynb #9492edcf
+OPEN = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+
 # %% ../../nbs/serving/02b_forms.ipynb #0f81f2b7
 def call_schema(function: Function) -> tuple[dict[str, Any], dict[str, Any]]:
     "The schema of a call of `function`, and the definitions that it refers to."
     none = {"properties": {}, "additionalProperties": False}
-    arguments = {"type": "object"} | moved(none if function.parameters is None else function.parameters, function.name)
+    given = none if function.parameters is None else function.parameters
+    closed = {"additionalProperties": False} if "properties" in given and not OPEN & given.keys() else {}
+    arguments = {"type": "object"} | moved(given, function.name) | closed
     found = {f"{function.name}.{k}": v for k, v in arguments.pop("$defs", {}).items()}
     call = {"name": {"const": function.name}, "arguments": arguments}
     return {"type": "object", "properties": call, "required": [*call], "additionalProperties": False}, found

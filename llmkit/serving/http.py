@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -23,8 +24,8 @@ from .protocol import ApiError
 from .writers import ChatWriter, Chunks, CompletionWriter
 
 # %% auto #0
-__all__ = ['T', 'read_body', 'left', 'with_client', 'reply_headers', 'json_response', 'error_response', 'writer_of', 'whole',
-           'EventStream', 'streamed', 'events']
+__all__ = ['T', 'PLAIN', 'read_body', 'left', 'with_client', 'reply_headers', 'json_response', 'error_response', 'writer_of',
+           'whole', 'EventStream', 'streamed', 'events']
 
 # %% ../../nbs/serving/05c_http.ipynb #05c04d7a
 async def read_body(request: HttpRequest, limit: int, seconds: float = 60.0) -> bytes:
@@ -72,11 +73,16 @@ async def with_client(request: HttpRequest, work: Awaitable[T], seconds: float) 
             t.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
 
+# %% ../../nbs/serving/05c_http.ipynb #52ef2f00
+PLAIN = "".join(map(chr, range(32, 127)))
+
 # %% ../../nbs/serving/05c_http.ipynb #d82c3a4c
 def reply_headers(call: Call) -> dict[str, str]:
     "The headers of an answer to `call`."
     found = {"x-request-id": call.id}
-    return found | ({"x-llmkit-revision": call.revision.name} if call.revision else {})
+    if call.cold_s:
+        found["server-timing"] = f"cold-start;dur={call.cold_s * 1e3:.1f}"
+    return found | ({"x-llmkit-revision": quote(call.revision.name, safe=PLAIN)} if call.revision else {})
 
 # %% ../../nbs/serving/05c_http.ipynb #b45ba922
 def json_response(obj: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -16,13 +16,21 @@ from msgspec import Struct
 import llmkit
 from .chat import ChatRequest
 from .embedding import EmbeddingRequest
-from .protocol import AdapterRequest, CompletionRequest, FeedbackRequest, RevisionRequest, RouteRequest
+from llmkit.serving.protocol import (
+    AdapterRequest,
+    CompletionRequest,
+    FeedbackRequest,
+    RevisionRequest,
+    RouteRequest,
+    StateRequest,
+)
 from .responses import ResponsesRequest
+from .router import UNSEEN
 from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
-__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'PROBE', 'LABEL',
-           'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape', 'operation',
+__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'LOADS', 'STATE', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'PROBE',
+           'LABEL', 'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape', 'operation',
            'description']
 
 # %% ../../nbs/serving/05d_openapi.ipynb #b71a68be
@@ -56,7 +64,7 @@ class Path:
     reply: str = ""  # the fields that a JSON reply always has
 
 # %% ../../nbs/serving/05d_openapi.ipynb #3e036a91
-FIELDS = {"string": "id object model status reason request_id name prompt owned_by variant weights"}
+FIELDS = {"string": "id object model state status reason request_id name prompt owned_by variant weights"}
 FIELDS |= {"array": "choices output data tokens revisions adapters", "object": "usage routes shadows"}
 FIELDS |= {"integer": "created created_at count max_model_len"}
 TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
@@ -64,9 +72,14 @@ TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 # %% ../../nbs/serving/05d_openapi.ipynb #aa93bed2
 STREAM = ("application/json", "text/event-stream")
 MAKES: tuple[int, ...] = (400, 404, 413, 429, 503, 504)
-ASKS: tuple[int, ...] = (400, 404, 413, 503)
+ASKS: tuple[int, ...] = (400, 404, 413, 503, 504)
 TAKES: tuple[int, ...] = (400, 409, 413)
-ADAPTER, VECTORS = "/admin/revisions/{name}/adapters/{adapter}", "object data model usage"
+LOADS: tuple[int, ...] = (400, 404, 409, 413, 503, 504)
+STATE, ADAPTER, VECTORS = (
+    "/admin/revisions/{name}/state",
+    "/admin/revisions/{name}/adapters/{adapter}",
+    "object data model usage",
+)
 MADE, SAID = "id object created model choices usage", "id object created_at model status output usage"
 PROBE, LABEL, ROUTES, LOADED = "status reason", "object request_id name", "routes shadows", "name variant weights"
 
@@ -88,11 +101,14 @@ TABLE = [
     Path("GET", "/openapi.json", "this description", key=""),
     Path("GET", "/admin/routes", "who answers under which name", key="admin", reply=ROUTES),
     Path("PUT", "/admin/routes/{alias}", "change it", RouteRequest, "admin", errors=(400, 413), reply=ROUTES),
-    Path("GET", "/admin/revisions", "what is loaded", key="admin", reply="revisions"),
-    Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=TAKES, reply=LOADED),
-    Path("DELETE", "/admin/revisions/{name}", "unload it", key="admin", errors=(404, 409), reply="revisions"),
-    Path("PUT", ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=(*TAKES, 404), reply="adapters"),
-    Path("DELETE", ADAPTER, "unload it", key="admin", errors=(400, 404, 409), reply="adapters"),
+    Path("GET", "/admin/revisions", "what is known, and what of it is loaded", key="admin", reply="revisions"),
+    Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=LOADS, reply=LOADED),
+    Path("PUT", STATE, "make it warm or cold", StateRequest, "admin", errors=LOADS, reply="name state"),
+    Path(
+        "DELETE", "/admin/revisions/{name}", "unload and forget it", key="admin", errors=(404, 409), reply="revisions"
+    ),
+    Path("PUT", ADAPTER, "load a LoRA adapter", AdapterRequest, "admin", 201, errors=LOADS, reply="adapters"),
+    Path("DELETE", ADAPTER, "unload it", key="admin", errors=(400, 404, 409, 503, 504), reply="adapters"),
 ]
 
 # %% ../../nbs/serving/05d_openapi.ipynb #4fafe0b4
@@ -120,7 +136,8 @@ def operation(p: Path) -> dict[str, Any]:
         found["responses"][str(status)] = {"description": WHY[status], "content": error if p.key else probe}
     given = re.findall(r"\{(\w+)\}", p.path)
     if given:
-        found["parameters"] = [{"name": g, "in": "path", "required": True, "schema": {"type": "string"}} for g in given]
+        schema = {"type": "string", "pattern": f"^[^{UNSEEN}]+$"} if p.key == "admin" else {"type": "string"}
+        found["parameters"] = [{"name": g, "in": "path", "required": True, "schema": schema} for g in given]
     if p.body:
         schema = {"$ref": AT.format(name=p.body.__name__)}
         found["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

@@ -16,10 +16,11 @@ from ..core.config import nearest
 from ..core.errors import LLMKitError
 
 # %% auto #0
-__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
-           'StructuredOutputs', 'Shared', 'CompletionRequest', 'FeedbackRequest', 'ShadowRequest', 'RouteRequest',
-           'AdapterRequest', 'RevisionRequest', 'fields_at', 'explain', 'decode', 'check_shared', 'check_form',
-           'stop_strings', 'prompts_of', 'sse']
+__all__ = ['KINDS', 'Count', 'Share', 'Penalty', 'Bias', 'Weight', 'KEYS', 'Biases', 'MetaText', 'Metadata', 'NotEmpty', 'IDS',
+           'LISTS', 'Prompts', 'T', 'DONE', 'ApiError', 'StreamOptions', 'JsonSchema', 'ResponseFormat',
+           'StructuredOutputs', 'Shared', 'Aside', 'aside_of', 'CompletionRequest', 'FeedbackRequest', 'ShadowRequest',
+           'RouteRequest', 'AdapterRequest', 'StateRequest', 'RevisionRequest', 'fields_at', 'explain', 'decode',
+           'check_shared', 'check_form', 'stop_strings', 'prompts_of', 'sse']
 
 # %% ../../nbs/serving/01_protocol.ipynb #43bdf3ec
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -56,6 +57,16 @@ Count = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+Weight = Annotated[float, Meta(extra_json_schema={"minimum": 0, "maximum": 1})]
+KEYS = {"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}}  # JSON's keys are strings, here of token ids
+Biases = Annotated[dict[int, Bias], Meta(extra_json_schema=KEYS)]
+MetaText = Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], MetaText], Meta(max_length=16)]
+NotEmpty = Annotated[str, Meta(extra_json_schema={"minLength": 1})]
+IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+LISTS: list[dict[str, Any]] = [IDS, {"items": IDS, "minItems": 1, "maxItems": 256}]
+LISTS += [{"items": {"type": "string"}, "minItems": 1, "maxItems": 256}]
+Prompts = Annotated[list[Any], Meta(extra_json_schema={"anyOf": LISTS})]
 
 # %% ../../nbs/serving/01_protocol.ipynb #d3969f22
 class StreamOptions(Struct, forbid_unknown_fields=True):
@@ -98,15 +109,15 @@ class Shared(Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: Share | None = None
     n: Annotated[int, Meta(ge=1, le=64)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: NotEmpty | Annotated[list[NotEmpty], Meta(extra_json_schema={"maxItems": 16})] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[int, Bias] | None = None  # JSON's keys are strings, of token ids
+    logit_bias: Biases | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -122,11 +133,24 @@ class Shared(Struct, forbid_unknown_fields=True, kw_only=True):
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None = None
     return_token_ids: bool | None = None
 
+# %% ../../nbs/serving/01_protocol.ipynb #d6aab6bf
+class Aside(Struct, frozen=True):
+    "What a request says that cannot change its reply."
+
+    user: str = ""
+    metadata: dict[str, str] | None = None
+    store: bool | None = None  # whether to keep it; None: the client did not say
+
+
+def aside_of(request: Shared) -> Aside:
+    "What `request` says aside."
+    return Aside(request.user or request.safety_identifier or "", request.metadata, request.store)
+
 # %% ../../nbs/serving/01_protocol.ipynb #bf7afded
 class CompletionRequest(Shared, forbid_unknown_fields=True, kw_only=True):
     "The body of `/v1/completions`; a prompt is text, token ids, or a list of either."
 
-    prompt: str | list[Any]
+    prompt: str | Prompts
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     best_of: Count | None = None
@@ -145,13 +169,13 @@ class ShadowRequest(Struct, forbid_unknown_fields=True):
     "Which revision gets copies of which share of an alias' requests."
 
     revision: str
-    share: float = 1.0
+    share: Annotated[float, Meta(extra_json_schema={"exclusiveMinimum": 0, "maximum": 1})] = 1.0
 
 # %% ../../nbs/serving/01_protocol.ipynb #af135d6f
 class RouteRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/routes/{alias}`."
 
-    weights: dict[str, float]
+    weights: Annotated[dict[str, Weight], Meta(extra_json_schema={"minProperties": 1})]
     shadow: ShadowRequest | msgspec.UnsetType | None = msgspec.UNSET  # not given: as it was; null: no longer
 
 # %% ../../nbs/serving/01_protocol.ipynb #ea0f7d20
@@ -161,6 +185,12 @@ class AdapterRequest(Struct, forbid_unknown_fields=True):
     folder: Annotated[str, Meta(min_length=1)]
 
 # %% ../../nbs/serving/01_protocol.ipynb #8e1bd429
+class StateRequest(Struct, forbid_unknown_fields=True):
+    "The body of `PUT /admin/revisions/{name}/state`."
+
+    state: Literal["warm", "cold"]
+
+# %% ../../nbs/serving/01_protocol.ipynb #22c53684
 class RevisionRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}`."
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Self
 
+from ..core.errors import LLMKitError
 from ..engine.process import EngineProcess, Orders, Report, wait_ready
 from ..engine.request import Request
 from ..engine.runners import Capabilities
@@ -18,7 +19,8 @@ from .admission import Bounds, Ticket, engine_failed, engine_totals
 from .protocol import ApiError
 
 # %% auto #0
-__all__ = ['Patience', 'RemoteEngine', 'SelfRepairing', 'Repaired', 'RemoteLoop', 'Delivery', 'Remote']
+__all__ = ['Patience', 'RemoteEngine', 'Replaceable', 'SelfRepairing', 'load_again', 'Restoring', 'RemoteLoop', 'Delivery',
+           'Remote']
 
 # %% ../../nbs/serving/03b_remote.ipynb #639a967f
 class Patience:
@@ -62,21 +64,51 @@ class RemoteEngine:
 
     def hear(self) -> None:
         "Take what has arrived."
+        raise NotImplementedError
 
     def ignore(self) -> None:
         "Hear them no longer."
         if self._loop is not None and self.process is not None:
             self._loop.remove_reader(self.process.reports.fd)
 
+# %% ../../nbs/serving/03b_remote.ipynb #fef449d5
+class Replaceable(RemoteEngine):
+    "How a process is replaced, and how it ends."
+
+    async def replace(self, wait: float) -> None:
+        "Start a new process after `wait` seconds; more patience if that fails, too."
+        await asyncio.sleep(wait)
+        try:
+            await asyncio.to_thread(self.start)
+        except Exception as e:  # noqa: BLE001 - whatever kept it from starting, the next attempt or the final failure tells
+            self.failure = str(e)
+            again = self._patience.wait(time.monotonic())
+            if again is not None and not self.closing:
+                await self.replace(again)
+            return
+        self.failure, self.restarts, self.beat = "", self.restarts + 1, time.monotonic()
+        self.listen()
+
+    def end(self, seconds: float) -> None:
+        "Stop the process, and with it all repairs."
+        if self._repair is not None:
+            self._repair.cancel()
+        if self.process is not None:
+            self.ignore()
+            self.process.close(seconds)
+            self.process = None
+
 # %% ../../nbs/serving/03b_remote.ipynb #11c14022
-class SelfRepairing(RemoteEngine):
+class SelfRepairing(Replaceable):
     "Replaces its process when it dies; `died` is told, with the reason in `failure`."
 
     def take(self, report: Report) -> None:
         "What to do with a report."
+        raise NotImplementedError
 
     def died(self) -> None:
         "What to do about those who were inside."
+        raise NotImplementedError
 
     def hear(self) -> None:
         "Take what has arrived, or note that it is gone."
@@ -103,52 +135,66 @@ class SelfRepairing(RemoteEngine):
         if wait is not None:
             self._repair = asyncio.ensure_future(self.replace(wait))
 
-    async def replace(self, wait: float) -> None:
-        "Start a new process after `wait` seconds."
+# %% ../../nbs/serving/03b_remote.ipynb #d250fb5e
+def load_again(process: EngineProcess, name: str, folder: str) -> str:
+    "Load an adapter into a process that nobody hears yet; the reason if it is refused, `LLMKitError` if it breaks it."
+    process.send(Orders(adapters=[(name, folder)]))
+    while not process.reports.closed:
+        for report in process.reports.read():
+            if found := [why for loaded, why in report.adapters if loaded == name]:
+                return found[0]
+    process.close(1.0)
+    raise LLMKitError(f"its process ended with exit code {process.exit_code()} while it loaded adapter {name!r}")
 
-# %% ../../nbs/serving/03b_remote.ipynb #fef449d5
-class Repaired(SelfRepairing):
-    "How a process is replaced, and how it ends."
+# %% ../../nbs/serving/03b_remote.ipynb #9defb850
+class Restoring(SelfRepairing):
+    "Gives a new process the adapters that the one before it had; what cannot be loaded is `lost`."
 
-    async def replace(self, wait: float) -> None:
-        "Start a new process after `wait` seconds; more patience if that fails, too."
-        await asyncio.sleep(wait)
-        try:
-            await asyncio.to_thread(self.start)
-        except Exception as e:  # noqa: BLE001 - whatever kept it from starting, the next attempt or the final failure tells
-            self.failure = str(e)
-            again = self._patience.wait(time.monotonic())
-            if again is not None and not self.closing:
-                await self.replace(again)
-            return
-        self.failure, self.restarts, self.beat = "", self.restarts + 1, time.monotonic()
-        self.listen()
+    def __init__(self, spec: dict[str, Any], name: str = "engine") -> None:
+        super().__init__(spec, name)
+        self.adapters: dict[str, str] = {}  # those that are there, each with its folder
+        self.lost: dict[str, str] = {}  # those that a new process did not take again, each with the reason
 
-    def end(self, seconds: float) -> None:
-        "Stop the process, and with it all repairs."
-        if self._repair is not None:
-            self._repair.cancel()
-        if self.process is not None:
-            self.ignore()
-            self.process.close(seconds)
-            self.process = None
+    def start(self) -> Self:
+        "Start the process and load what the one before it had."
+        super().start()
+        for name, folder in list(self.adapters.items()):
+            assert self.process is not None
+            try:
+                why = load_again(self.process, name, folder)
+            except LLMKitError as e:  # it broke over this one: the next process does without
+                self.process = None
+                self.lose(name, str(e))
+                raise
+            if why:
+                self.lose(name, why)
+        return self
+
+    def check(self) -> None:
+        "ApiError 503 if nothing can be asked of it now."
+        if self.failure or self.closing or self.process is None:
+            why = "the model is being unloaded" if self.closing else f"the engine failed: {self.failure}; it restarts"
+            raise ApiError(503, why, code="unavailable", retry_after=1)
+
+    def lose(self, name: str, why: str) -> None:
+        "Do without an adapter from now on, and say so."
+        self.lost = self.lost | {name: why}
+        self.adapters = {n: folder for n, folder in self.adapters.items() if n != name}
+        logging.getLogger(__name__).error("%s: adapter %s is lost: %s", self.name, name, why)
 
 # %% ../../nbs/serving/03b_remote.ipynb #e69898fd
-class RemoteLoop(Repaired):
+class RemoteLoop(Restoring):
     "Requests and mailboxes over an engine process; everything is called from the event loop."
 
     def __init__(self, spec: dict[str, Any], bounds: Bounds, name: str = "engine") -> None:
         super().__init__(spec, name)
         self.bounds, self.tickets, self.orders = bounds, dict[str, Ticket](), Orders()
         self.asked: dict[str, asyncio.Future] = {}  # adapters that are being loaded or unloaded
-        self.adapters: dict[str, str] = {}  # those that are there, each with its folder
         self.stats: Any = None
 
     def submit(self, requests: Sequence[Request], mailbox: asyncio.Queue) -> list[Ticket]:
         "Let all of `requests` in, or none (ApiError 503); their outputs come to `mailbox`."
-        if self.failure or self.closing or self.process is None:
-            why = "the model is being unloaded" if self.closing else f"the engine failed: {self.failure}; it restarts"
-            raise ApiError(503, why, code="unavailable", retry_after=1)
+        self.check()
         waits = sum(len(t.request.prompt) for t in self.tickets.values() if not t.started)
         self.bounds.admit(len(self.tickets), waits, requests)
         if self._loop is None:
@@ -205,7 +251,6 @@ class Delivery(RemoteLoop):
     def died(self) -> None:
         "Tell everybody inside; the memory went with the process."
         self.orders, self.stats = Orders(), None
-        self.adapters = {}  # they went with it, and whoever asks for one is told
         while self.asked:
             self.asked.popitem()[1].set_result(self.failure)
         for request_id in list(self.tickets):
@@ -226,6 +271,7 @@ class Remote(Delivery):
 
     async def adapter(self, name: str, folder: str) -> None:
         "Load a LoRA adapter, or unload it if `folder` is empty; ApiError 400 or 409 with the reason."
+        self.check()
         if name in self.asked:
             raise ApiError(409, f"adapter {name!r} is on its way", "name", "adapter_busy")
         if self._loop is None:
@@ -234,8 +280,8 @@ class Remote(Delivery):
         self.order().adapters.append((name, folder))
         if why := await done:
             raise ApiError(400, why, "name", "invalid_adapter")
-        self.adapters.pop(name, None)
-        self.adapters |= {name: folder} if folder else {}
+        self.lost.pop(name, None)
+        self.adapters = {n: f for n, f in self.adapters.items() if n != name} | ({name: folder} if folder else {})
 
     async def close(self, seconds: float) -> None:
         "Take nothing new, let what is inside finish within `seconds`, fail the rest, end the process."

@@ -20,11 +20,11 @@ from llmkit.serving.chat import (
     Tool,
     ToolCall,
 )
-from .protocol import ApiError, JsonSchema, ResponseFormat, Share
+from .protocol import ApiError, JsonSchema, Metadata, ResponseFormat, Share
 
 # %% auto #0
-__all__ = ['NAMES', 'ItemPart', 'Item', 'FlatTool', 'FlatChoice', 'TextFormat', 'TextConfig', 'ResponsesRequest', 'refuse_memory',
-           'text_of', 'need', 'messages_of', 'format_of', 'chat_of', 'in_words']
+__all__ = ['No', 'Nothing', 'SAME', 'NAMES', 'ItemPart', 'Item', 'FlatTool', 'FlatChoice', 'TextFormat', 'TextConfig',
+           'ResponsesRequest', 'refuse_memory', 'text_of', 'need', 'messages_of', 'format_of', 'chat_of', 'in_words']
 
 # %% ../../nbs/serving/02e_responses.ipynb #595ca8fd
 class ItemPart(Struct, forbid_unknown_fields=True):
@@ -82,6 +82,10 @@ class TextConfig(Struct, forbid_unknown_fields=True):
 
     format: TextFormat | None = None
 
+# %% ../../nbs/serving/02e_responses.ipynb #798216f8
+No = Annotated[bool, Meta(extra_json_schema={"const": False})]
+Nothing = Annotated[str, Meta(extra_json_schema={"maxLength": 0})]
+
 # %% ../../nbs/serving/02e_responses.ipynb #e0597e19
 class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     "The body of `/v1/responses`."
@@ -97,13 +101,13 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
-    store: bool | None = None  # only false
-    previous_response_id: str | None = None  # refused: nothing is kept
-    conversation: str | None = None  # refused too
-    background: bool | None = None  # only false
+    store: No | None = None  # only false
+    previous_response_id: Nothing | None = None  # refused: nothing is kept
+    conversation: Nothing | None = None  # refused too
+    background: No | None = None  # only false
     truncation: Literal["disabled"] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -162,6 +166,9 @@ def format_of(asked: ResponsesRequest) -> ResponseFormat | None:
         raise ApiError(400, "text.format needs name and schema with type 'json_schema'", "text.format", "missing_field")
     return ResponseFormat("json_schema", JsonSchema(form.name, form.schema, form.strict, form.description))
 
+# %% ../../nbs/serving/02e_responses.ipynb #1aa6866e
+SAME = ("temperature", "top_p", "parallel_tool_calls", "stream", "user", "safety_identifier", "metadata", "store")
+
 # %% ../../nbs/serving/02e_responses.ipynb #57697154
 def chat_of(asked: ResponsesRequest) -> ChatRequest:
     "The chat that a request for a response stands for; 400 for what cannot be done."
@@ -175,7 +182,7 @@ def chat_of(asked: ResponsesRequest) -> ChatRequest:
         response_format=format_of(asked),
         tools=tools or None,
         tool_choice=NamedTool("function", FunctionName(choice.name)) if isinstance(choice, FlatChoice) else choice,
-        **{f: getattr(asked, f) for f in ("temperature", "top_p", "parallel_tool_calls", "stream", "user", "store")},
+        **{f: getattr(asked, f) for f in SAME},
     )
 
 # %% ../../nbs/serving/02e_responses.ipynb #38cce75c

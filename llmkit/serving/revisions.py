@@ -20,6 +20,7 @@ from ..monitoring.metrics import ModelMetrics, ServerMetrics
 from .admission import Bounds, EngineLoop
 from .config import ServeConfig
 from .remote import Remote
+from .router import check_name
 from .text import Text
 
 # %% auto #0
@@ -47,6 +48,7 @@ class Revision:
         running, waiting, kv_used = self.loop.load()
         keys = ("name", "variant", "weights", "max_length", "created")
         found = {k: getattr(self, k) for k in keys} | {"model": str(self.folder), "load_s": round(self.load_s, 3)}
+        found |= {"adapters": sorted(self.loop.adapters), "lost_adapters": self.loop.lost}
         return found | {"running": running, "waiting": waiting, "kv_used": kv_used, "failure": self.loop.failure}
 
 # %% ../../nbs/serving/03a_revisions.ipynb #5ba7cb41
@@ -82,13 +84,20 @@ class Revisions:
         self.loaded: dict[str, Revision] = {}
         self.coming: set[str] = set()
 
-    async def load(self, name: str, folder: str | Path, variant: str = "auto") -> Revision:
+    async def load(
+        self,
+        name: str,
+        folder: str | Path,
+        variant: str = "auto",
+        cfg: ServeConfig | None = None,  # the settings of its engine; the server's if not given
+    ) -> Revision:
         "Load `folder` as `name`, off the event loop."
-        if not name or name in self.loaded or name in self.coming:
+        check_name("revision", name)
+        if name in self.loaded or name in self.coming:
             raise ConfigError(f"revision {name!r} is already there", "load it under another name")
         self.coming.add(name)
         try:
-            revision = await asyncio.to_thread(self._load, name, folder, variant, self._cfg, self._metrics)
+            revision = await asyncio.to_thread(self._load, name, folder, variant, cfg or self._cfg, self._metrics)
         finally:
             self.coming.discard(name)
         self.loaded[name] = revision

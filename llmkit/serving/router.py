@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -15,7 +16,7 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError
 
 # %% auto #0
-__all__ = ['uniform', 'pick', 'check_weights', 'Shadow', 'UnknownModel', 'Router']
+__all__ = ['UNSEEN', 'uniform', 'pick', 'check_name', 'check_weights', 'Shadow', 'UnknownModel', 'Router', 'rollout_of']
 
 # %% ../../nbs/serving/05_router.ipynb #3d8b140a
 def uniform(*parts: str) -> float:
@@ -31,6 +32,15 @@ def pick(
     "The revision for `key`: revision i with probability proportional to its weight, always the same for one key."
     live = {r: w for r, w in weights.items() if w > 0}
     return min(live, key=lambda r: -math.log(uniform(key, r)) / live[r])
+
+# %% ../../nbs/serving/05_router.ipynb #0c1447b3
+UNSEEN = r"\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069"
+
+
+def check_name(what: str, name: str) -> None:
+    "`ConfigError` for a name that is empty or holds control characters."
+    if not name or re.search(f"[{UNSEEN}]", name):
+        raise ConfigError(f"{what} {name!r} is empty or holds control characters", "choose another name")
 
 # %% ../../nbs/serving/05_router.ipynb #1dcd48cd
 def check_weights(
@@ -84,8 +94,9 @@ class Router:
 
     def set(self, alias: str, weights: Mapping[str, float], known: Collection[str]) -> dict[str, float]:
         "Point `alias` at `weights` from the next request on; `known` are the loaded revisions."
-        if not alias or alias in known:
-            raise ConfigError(f"alias {alias!r} is empty or the name of a revision", "choose another alias")
+        check_name("alias", alias)
+        if alias in known:
+            raise ConfigError(f"alias {alias!r} is the name of a revision", "choose another alias")
         checked = check_weights(alias, weights, known)
         self.routes = {**self.routes, alias: checked}
         return checked
@@ -114,3 +125,14 @@ class Router:
         left = {a: {r: w for r, w in weights.items() if r != revision} for a, weights in self.routes.items()}
         self.routes = {a: weights for a, weights in left.items() if weights}
         self.shadows = {a: s for a, s in self.shadows.items() if a in self.routes}
+
+# %% ../../nbs/serving/05_router.ipynb #2edf6de9
+def rollout_of(
+    router: Router,
+    revision: str,
+) -> str:
+    "The alias whose rollout needs `revision` loaded: traffic split among several, or a shadow; empty if there is none."
+    for alias in router.using(revision):
+        if alias in router.shadows or sum(w > 0 for w in router.routes[alias].values()) > 1:
+            return alias
+    return ""

@@ -22,19 +22,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 # %% auto #0
-__all__ = ['generate', 'understood', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes', 'revisions', 'adapters',
-           'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce', 'run_server']
+__all__ = ['generate', 'understood', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes', 'revisions', 'states',
+           'adapters', 'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce', 'run_server']
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
 from ..monitoring.jsonlog import log_as_json
 from .accesslog import front
-from .admin import add_revision, drop_revision, feedback, set_adapter, set_route
+from .admin import add_revision, drop_revision, feedback, set_adapter, set_route, set_state
 from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
 from .config import ServeConfig, bind
+from .heads import protocol
 from .http import error_response, json_response, read_body, reply_headers
+from .lookup import listed, route, watched
 from .openapi import description
 from llmkit.serving.protocol import (
     AdapterRequest,
@@ -44,10 +46,13 @@ from llmkit.serving.protocol import (
     RevisionRequest,
     RouteRequest,
     Shared,
+    StateRequest,
+    aside_of,
     decode,
 )
 from .responses import ResponsesRequest, chat_of, in_words
-from .state import State, authorise, dead, enter, finish, measure, route, unready
+from .room import described
+from .state import State, authorise, dead, enter, finish, measure, unready
 from .texts import embeddings, tokenize
 
 # %% ../../nbs/serving/06_server.ipynb #5271bea6
@@ -62,7 +67,8 @@ async def generate(request: HttpRequest) -> Response:
         body = await read_body(request, state.cfg.max_body, state.cfg.timeout_s)
         asked = understood(call, body)
         session = request.headers.get("x-session-id") or asked.user or ""
-        await prepare(call, asked, route(state, call, asked.model, session), len(body))
+        revision = await watched(request, state, route(state, call, asked.model, session))
+        await prepare(call, asked, revision, len(body))
         return await answer(request, state, call, asked, body)
     except ApiError as e:
         told = in_words(e) if call.endpoint == "/v1/responses" else e
@@ -73,18 +79,18 @@ async def generate(request: HttpRequest) -> Response:
 def understood(call: Call, body: bytes) -> Shared:
     "The request in `body`, of the kind that the call's endpoint takes."
     if call.endpoint == "/v1/responses":
-        call.asked = asked = decode(ResponsesRequest, body)
-        return chat_of(asked)
-    return decode(ChatRequest if "chat" in call.endpoint else CompletionRequest, body)
+        call.asked = decode(ResponsesRequest, body)
+    kind = ChatRequest if "chat" in call.endpoint else CompletionRequest
+    asked = chat_of(call.asked) if isinstance(call.asked, ResponsesRequest) else decode(kind, body)
+    call.aside = aside_of(asked)
+    return asked
 
 # %% ../../nbs/serving/06_server.ipynb #3bf7ab54
 async def models(request: HttpRequest) -> Response:
     "`GET /v1/models` and `/v1/models/{name}`: aliases first, then revisions."
     state: State = request.app.state.llmkit
     authorise(state, request.headers.get("authorization"))
-    since = {name: r.created for name, r in state.loaded.items()}
-    since = {a: max(since[r] for r in weights) for a, weights in state.router.routes.items()} | since
-    found = {n: {"id": n, "object": "model", "created": t, "owned_by": "llmkit"} for n, t in since.items()}
+    found = listed(state)
     name = request.path_params.get("name")
     if name is not None and name not in found:
         raise ApiError(404, f"model {name!r} does not exist", "model", "model_not_found")
@@ -115,8 +121,9 @@ async def ready(request: HttpRequest) -> Response:
 async def scrape(request: HttpRequest) -> Response:
     "`GET /metrics`."
     state: State = request.app.state.llmkit
+    await state.warm.look()
     measure(state)
-    for revision in state.loaded.values():
+    for revision in list(state.loaded.values()):
         revision.metrics.step(*revision.loop.load())
         for name, value in revision.loop.totals().items():
             revision.metrics.total(name, value)
@@ -148,7 +155,16 @@ async def revisions(request: HttpRequest) -> Response:
         return json_response(await add_revision(state, name, asked.model, asked.variant), 201)
     if request.method == "DELETE":
         await drop_revision(state, name)
-    return json_response({"revisions": [r.describe() for r in state.loaded.values()]})
+    await state.warm.look()
+    return json_response({"revisions": [described(m) for m in state.known.values()]})
+
+# %% ../../nbs/serving/06_server.ipynb #f0e0b6b4
+async def states(request: HttpRequest) -> Response:
+    "`PUT /admin/revisions/{name}/state`."
+    state: State = request.app.state.llmkit
+    authorise(state, request.headers.get("authorization"), admin=True)
+    asked = decode(StateRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
+    return json_response(await set_state(state, request.path_params["name"], asked.state))
 
 # %% ../../nbs/serving/06_server.ipynb #a24ea5cd
 async def adapters(request: HttpRequest) -> Response:
@@ -193,6 +209,7 @@ def paths() -> list[Route]:
         ("/admin/routes/{alias}", routes, ["PUT"]),
         ("/admin/revisions", revisions, ["GET"]),
         ("/admin/revisions/{name}", revisions, ["PUT", "DELETE"]),
+        ("/admin/revisions/{name}/state", states, ["PUT"]),
         ("/admin/revisions/{name}/adapters/{adapter}", adapters, ["PUT", "DELETE"]),
     ]
     return [Route(path, to, methods=methods) for path, to, methods in table]
@@ -253,7 +270,7 @@ def announce(cfg: ServeConfig, sock: socket.socket, state: State) -> None:
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     if not cfg.admin_key:
         print(f"llmkit: admin key (made up, set LLMKIT_ADMIN_KEY to choose one): {state.admin_key}", flush=True)
-    names = ", ".join(f"{n} ({r.variant})" for n, r in state.loaded.items())
+    names = ", ".join(f"{n} ({m.revision.variant if m.revision else m.state})" for n, m in state.known.items())
     url = f"http://{host}:{sock.getsockname()[1]}/v1"
     print(f"llmkit: ready, {names} as {cfg.alias!r} at {url} (pid {os.getpid()})", flush=True)
 
@@ -270,7 +287,7 @@ def run_server(cfg: ServeConfig) -> None:
     if cfg.log_json:
         log_as_json()
     app = create_app(cfg, lambda state: announce(cfg, sock, state), on_failure)
-    how: dict[str, Any] = {"http": "httptools", "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
+    how: dict[str, Any] = {"http": protocol(cfg.head_s), "loop": "uvloop", "lifespan": "on", "log_level": "warning"}
     how |= {"access_log": False} | ({"log_config": None} if cfg.log_json else {})
     how |= {"server_header": False, "timeout_graceful_shutdown": int(cfg.drain_s) + 1}
     server = Server(uvicorn.Config(front(app, app.state.llmkit), **how))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 
 from .calls import Call, new_call, prepare, run
+from .lookup import reach
 from .protocol import ApiError, Shared
-from .revisions import Revision
 from .state import State, Visit, finish
 
 # %% auto #0
@@ -20,10 +20,10 @@ LAST = 1_000_000  # the priority of a copy
 COPIES = 64  # that may be under way; more are left out and counted
 
 # %% ../../nbs/serving/05d_shadow.ipynb #22a4f074
-async def run_copy(state: State, copy: Call, asked: Shared, revision: Revision, size: int) -> None:
+async def run_copy(state: State, copy: Call, asked: Shared, revision: str, size: int) -> None:
     "Run a copy of a request on `revision` and write it down; whatever goes wrong ends in its row."
     try:
-        await prepare(copy, asked, revision, size)
+        await prepare(copy, asked, await reach(state, copy, revision), size)
         for choice in copy.choices:
             choice.request.priority = LAST
         async with asyncio.timeout(state.cfg.timeout_s):
@@ -40,15 +40,19 @@ async def run_copy(state: State, copy: Call, asked: Shared, revision: Revision, 
 def cast(state: State, call: Call, asked: Shared, size: int) -> None:
     "Start a copy of an answered call if its alias has a shadow that gets this one."
     shadow = state.router.shadows.get(call.model)
-    revision = state.loaded.get(shadow.revision) if shadow else None
-    if shadow is None or revision is None or state.draining or not shadow.gets(call.model, call.session):
+    if (
+        shadow is None
+        or shadow.revision not in state.known
+        or state.draining
+        or not shadow.gets(call.model, call.session)
+    ):
         return
     if len(state.copies) >= COPIES:
         state.metrics.own["shadow_requests"].labels(shadow.revision, "left_out").inc()
         return
     copy, visit = new_call(call.endpoint), state.inside.get(call)
-    copy.model, copy.session = call.model, call.session
+    copy.model, copy.session, copy.aside = call.model, call.session, call.aside
     state.inside[copy] = Visit(visit.who if visit else state.anonymous, source="shadow")
-    task = asyncio.create_task(run_copy(state, copy, asked, revision, size))
+    task = asyncio.create_task(run_copy(state, copy, asked, shadow.revision, size))
     state.copies.add(task)
     task.add_done_callback(state.copies.discard)

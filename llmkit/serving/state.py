@@ -21,16 +21,19 @@ from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
 from .breaker import Breaker
 from .cache import Reply, ReplyCache
-from .calls import Call, count, row_of
+from .calls import Call
 from .config import ServeConfig
 from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
-from .router import Router, UnknownModel
+from .room import Model
+from .router import Router, rollout_of
+from .rows import count, row_again, row_of
 from .shared import RedisCache, connect
+from .warm import WarmSet
 
 # %% auto #0
-__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'authorise', 'charge', 'enter',
-           'reserve', 'find', 'route', 'breaker_of', 'check_breaker', 'heed', 'row_again', 'settle', 'finish', 'tell',
+__all__ = ['ADMIN', 'ENGINE_FAILED', 'STALL_S', 'Visit', 'end_all', 'new_cache', 'State', 'come_up', 'go_down', 'engaged',
+           'authorise', 'charge', 'enter', 'reserve', 'breaker_of', 'check_breaker', 'heed', 'settle', 'finish', 'tell',
            'dead', 'unready', 'measure']
 
 # %% ../../nbs/serving/05b_state.ipynb #597877d5
@@ -69,9 +72,13 @@ class State:
         self.anonymous = Principal("anonymous", Limits(cfg.rpm, cfg.tpm))
         self.inside: WeakKeyDictionary[Call, Visit] = WeakKeyDictionary()
         self.breakers: WeakKeyDictionary[Revision, Breaker] = WeakKeyDictionary()
-        self.crashes: dict[Revision, int] = {}  # the latest crash of each that its breaker was told of
+        self.crashes: WeakKeyDictionary[Revision, int] = (
+            WeakKeyDictionary()
+        )  # the latest crash of each that its breaker was told of
         self.copies: set[asyncio.Task[None]] = set()  # shadow traffic under way
         self.revisions = Revisions(load, cfg, self.metrics)
+        ask = (lambda revision: engaged(self, revision)), (lambda name: rollout_of(self.router, name))
+        self.warm = WarmSet(self.revisions, cfg, self.metrics, *ask)
         self.log, self.telemetry = RequestLog(cfg.log) if cfg.log else None, telemetry_from(os.environ)
         self.cache = new_cache(cfg, self.metrics)
         self.ready, self.draining, self.failure = False, False, ""
@@ -81,24 +88,49 @@ class State:
         "The loaded revisions by name."
         return self.revisions.loaded
 
+    @property
+    def known(self) -> dict[str, Model]:
+        "The models by name, loaded or not."
+        return self.warm.known
+
     async def open(self) -> None:
-        "Load the configured models and point the alias at them."
-        for name, folder in self.cfg.models.items():
-            await self.revisions.load(name, folder, self.cfg.variant)
-        first = next(iter(self.cfg.models))
-        self.router.set(self.cfg.alias, self.cfg.weights or {first: 1.0}, self.loaded)
-        self.ready = True
+        "Load the models behind the alias, and others while there is room."
+        await come_up(self)
 
     async def close(self) -> None:
         "Let what runs finish, then stop the engines and write the log to its end."
-        self.draining = True
-        await end_all(self.copies)
-        await asyncio.gather(*[r.loop.close(self.cfg.drain_s) for r in list(self.loaded.values())])
-        if self.cache and self.cache.shared:
-            await self.cache.shared.close()
-        for writer in (self.log, self.telemetry):
-            if writer:
-                await asyncio.to_thread(writer.close)
+        await go_down(self)
+
+# %% ../../nbs/serving/05b_state.ipynb #0b84dfc2
+async def come_up(state: State) -> None:
+    "Know the configured models and load those behind the alias, then others while there is room."
+    cfg = state.cfg
+    for name, folder in cfg.models.items():
+        state.warm.learn(name, folder, cfg.variant)
+    for name, share in state.router.set(cfg.alias, cfg.weights or {next(iter(cfg.models)): 1.0}, state.known).items():
+        if share > 0:
+            await state.warm.get(name)
+    state.ready = True
+    await state.warm.fill()
+
+# %% ../../nbs/serving/05b_state.ipynb #c5a565ff
+async def go_down(state: State) -> None:
+    "Let what runs finish, then stop the engines and write the log to its end."
+    state.draining = True
+    await state.warm.close()
+    await end_all(state.copies)
+    await asyncio.gather(*[r.loop.close(state.cfg.drain_s) for r in list(state.loaded.values())])
+    if state.cache and state.cache.shared:
+        await state.cache.shared.close()
+    for writer in (state.log, state.telemetry):
+        if writer:
+            await asyncio.to_thread(writer.close)
+
+# %% ../../nbs/serving/05b_state.ipynb #3725464f
+def engaged(state: State, revision: Revision) -> bool:
+    "Whether somebody uses a revision."
+    inside = any(call.revision is revision for call in state.inside)
+    return inside or revision.loop.load()[:2] != (0, 0) or bool(getattr(revision.loop, "asked", None))
 
 # %% ../../nbs/serving/05b_state.ipynb #b0cfcf33
 def authorise(state: State, header: str | None, admin: bool = False) -> Principal:
@@ -120,14 +152,14 @@ def authorise(state: State, header: str | None, admin: bool = False) -> Principa
 ADMIN = Principal("admin", admin=True)
 
 # %% ../../nbs/serving/05b_state.ipynb #dfb9bb26
-def charge(state: State, who: Principal, limit: str, amount: float) -> None:
+def charge(state: State, who: Principal, limit: str, amount: float, param: str = "max_tokens") -> None:
     "Take `amount` from a limit ('rpm', 'tpm') of `who`; 429 with `Retry-After` if it is used up."
     try:
         state.limiter.take(who, limit, amount)
     except LimitError as e:
         state.metrics.own["rate_limited"].labels(who.name, limit).inc()
         if e.retry_after is None:
-            raise ApiError(400, str(e), "max_tokens", "limit_exceeded") from e
+            raise ApiError(400, str(e), param, "limit_exceeded") from e
         raise ApiError(429, str(e), code="rate_limit_exceeded", retry_after=e.retry_after) from e
 
 # %% ../../nbs/serving/05b_state.ipynb #196e09d8
@@ -142,34 +174,8 @@ def reserve(state: State, call: Call) -> None:
     visit = state.inside.get(call)
     if visit is not None:
         tokens = sum(len(p.ids) for p in call.prompts) + sum(c.request.params.max_tokens for c in call.choices)
-        charge(state, visit.who, "tpm", tokens)
+        charge(state, visit.who, "tpm", tokens, "max_tokens" if call.generates else "input")
         visit.reserved = tokens
-
-# %% ../../nbs/serving/05b_state.ipynb #fa1ce07e
-def find(state: State, call: Call, model: str, session: str) -> Revision:
-    "The revision behind NAME or NAME:ADAPTER; 404 if there is none, 503 while the server is loading or draining."
-    call.model, call.session = model, session
-    if state.draining or not state.ready:
-        why = "the server is shutting down" if state.draining else "the models are still loading"
-        raise ApiError(503, why, code="not_ready", retry_after=1)
-    try:
-        if model not in state.router.routes and model not in state.loaded:  # NAME:ADAPTER
-            model, _, call.adapter = model.rpartition(":") if ":" in model else (model, "", "")
-        _, name = state.router.choose(model, session, state.loaded)
-    except UnknownModel as e:
-        raise ApiError(404, str(e), "model", "model_not_found") from e
-    call.revision = state.loaded[name]
-    if call.adapter and call.adapter not in call.revision.loop.adapters:
-        known = ", ".join(sorted(call.revision.loop.adapters)) or "none"
-        raise ApiError(404, f"{name!r} has no adapter {call.adapter!r} (it has {known})", "model", "model_not_found")
-    return call.revision
-
-# %% ../../nbs/serving/05b_state.ipynb #f5625a59
-def route(state: State, call: Call, model: str, session: str) -> Revision:
-    "The revision that generates: found, and not left alone because it keeps failing."
-    revision = find(state, call, model, session)
-    check_breaker(state, revision)
-    return revision
 
 # %% ../../nbs/serving/05b_state.ipynb #a3a84daa
 def breaker_of(state: State, revision: Revision) -> Breaker:
@@ -199,21 +205,12 @@ def heed(state: State, revision: Revision, error: ApiError | None) -> None:
         state.crashes[revision] = crash
         breaker.failed()
 
-# %% ../../nbs/serving/05b_state.ipynb #cfa8539f
-def row_again(call: Call, reply: Reply) -> RequestRow:
-    "The row of a call whose reply came from the cache."
-    revision = call.revision.name if call.revision else ""
-    took = time.perf_counter() - call.began
-    counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
-    texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
-    where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
-    return RequestRow(*where, *counts, reply.finish, *texts, source="cache")
-
 # %% ../../nbs/serving/05b_state.ipynb #a74b3104
 def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> None:
     "Pay for what a call really used, from its key's limit and in the metrics."
     if visit is not None and visit.reserved:
-        used = row.prompt_tokens + row.completion_tokens if call.tickets else 0
+        worked = call.tickets or (not call.generates and row.status == 200)
+        used = row.prompt_tokens + row.completion_tokens if worked else 0
         state.limiter.settle(visit.who, visit.reserved, used)
     if row.source == "cache":
         state.metrics.own["response_cache_hits"].inc()
@@ -232,10 +229,13 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    row, visit = row_again(call, reply) if reply else row_of(call, state.cfg.log_text), state.inside.pop(call, None)
+    text, visit = state.cfg.log_text, state.inside.pop(call, None)
+    row = row_again(call, reply, text) if reply else row_of(call, text)
     if visit is not None and visit.source:
         row.source = visit.source
-    if call.revision is not None and reply is None:
+    if call.revision is not None and (model := state.known.get(call.revision.name)):
+        model.used = time.time()
+    if call.revision is not None and call.generates and reply is None:
         heed(state, call.revision, error)
     settle(state, call, row, visit)
     tell(state, call, row)
@@ -248,7 +248,7 @@ def tell(state: State, call: Call, row: RequestRow) -> None:
         note(status=row.status, revision=row.revision or None, source=row.source or None, **tokens)
     if state.telemetry:
         state.telemetry.record(row)
-    if state.log and call.keep:
+    if state.log and call.aside.store is not False:
         state.log.add(row)
 
 # %% ../../nbs/serving/05b_state.ipynb #af97b334
@@ -278,4 +278,9 @@ def measure(state: State) -> None:
     state.metrics.own["response_cache_bytes"].set(state.cache.used if state.cache else 0)
     for revision, breaker in state.breakers.items():
         state.metrics.own["breaker_open"].labels(revision.name).set(breaker.closed_until is not None)
+    warm, memory = state.metrics.own["model_warm"], state.metrics.own["model_memory_bytes"]
+    warm.clear(), memory.clear()
+    for model in state.known.values():
+        warm.labels(model.name).set(model.revision is not None)
+        memory.labels(model.name).set(model.memory)
     state.metrics.own["request_log_dropped"].set(state.log.counts.dropped if state.log else 0)

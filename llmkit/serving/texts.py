@@ -10,15 +10,28 @@ import asyncio
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from .calls import new_call
-from .embedding import EmbeddingRequest, embedded
-from .http import error_response, json_response, read_body, reply_headers
-from .protocol import ApiError, decode
-from .state import State, authorise, enter, find, finish
+from .calls import Call, Prompt, new_call
+from .embedding import EmbeddingRequest, embedded, input_ids
+from .http import error_response, json_response, read_body, reply_headers, with_client
+from .lookup import find
+from .protocol import ApiError, Aside, decode
+from .revisions import Revision
+from .state import State, authorise, enter, finish, reserve
 from .tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 
 # %% auto #0
-__all__ = ['embeddings', 'tokenize']
+__all__ = ['read_inputs', 'embeddings', 'tokenize']
+
+# %% ../../nbs/serving/05i_texts.ipynb #2495199b
+async def read_inputs(call: Call, asked: EmbeddingRequest, revision: Revision) -> list[list[int]]:
+    "The inputs of a call as token ids, noted as its prompts."
+    if call.adapter:
+        raise ApiError(400, "embeddings are made without adapters", "model", "unsupported_parameter")
+    ids = await asyncio.to_thread(input_ids, asked, revision)
+    first = asked.input if isinstance(asked.input, str) else asked.input[0]
+    text = first if isinstance(first, str) else revision.text.decode(ids[0])
+    call.prompts = [Prompt(one, "" if i else text) for i, one in enumerate(ids)]
+    return ids
 
 # %% ../../nbs/serving/05i_texts.ipynb #4e757ab4
 async def embeddings(request: HttpRequest) -> Response:
@@ -29,8 +42,13 @@ async def embeddings(request: HttpRequest) -> Response:
     try:
         enter(state, call, who)
         asked = decode(EmbeddingRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-        revision = find(state, call, asked.model, "")
-        return json_response(await embedded(asked, revision, state.cfg), headers=reply_headers(call))
+        call.aside = Aside(asked.user or "")
+        revision = await find(state, call, asked.model, asked.user or "")
+        ids = await read_inputs(call, asked, revision)
+        reserve(state, call)
+        body = await with_client(request, embedded(asked, ids, revision, state.cfg), state.cfg.timeout_s)
+        finish(state, call)
+        return json_response(body, headers=reply_headers(call))
     except ApiError as e:
         finish(state, call, e)
         return error_response(e, reply_headers(call))
@@ -43,8 +61,8 @@ async def tokenize(request: HttpRequest) -> Response:
     body, call = await read_body(request, state.cfg.max_body, state.cfg.timeout_s), new_call(request.url.path)
     if call.endpoint == "/detokenize":
         back = decode(DetokenizeRequest, body)
-        return json_response(detokenized(back, find(state, call, back.model, "").text))
+        return json_response(detokenized(back, (await find(state, call, back.model, "")).text))
     asked = decode(TokenizeRequest, body)
-    revision = find(state, call, asked.model, "")
+    revision = await find(state, call, asked.model, "")
     found = await asyncio.to_thread(tokenized, asked, revision.text, revision.max_length)
     return json_response(found, headers=reply_headers(call))

@@ -17,7 +17,7 @@ from .text import held_back
 from .tools import CLOSE, OPEN
 
 # %% auto #0
-__all__ = ['Event', 'HEAD', 'MadeCall', 'Braces', 'whole_call', 'Pieces', 'Outside', 'States', 'CallReader']
+__all__ = ['Event', 'NAME', 'HEAD', 'MadeCall', 'Braces', 'whole_call', 'Pieces', 'Outside', 'Head', 'States', 'CallReader']
 
 # %% ../../nbs/serving/02d_toolcalls.ipynb #89af1f45
 @dataclass(slots=True)
@@ -60,6 +60,7 @@ class Braces:
         return -1
 
 # %% ../../nbs/serving/02d_toolcalls.ipynb #a08bc688
+NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"')
 HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 # %% ../../nbs/serving/02d_toolcalls.ipynb #21b23660
@@ -121,6 +122,15 @@ class Outside(Pieces):
         self._text = text[len(sure) :] if at < 0 else text[at + len(OPEN) :]
         return "outside" if at < 0 else "head"
 
+    def next(self, state: str = "outside") -> str:
+        "The state after a call: `state`, or none if one call is all."
+        self.done = not self.many
+        return "end" if self.done else state
+
+# %% ../../nbs/serving/02d_toolcalls.ipynb #009b6b86
+class Head(Outside):
+    "The state at the beginning of a call."
+
     def head(self, last: bool) -> str:
         "The beginning of a call, until its arguments begin."
         if (found := HEAD.match(self._text)) and found[1] in self.names:
@@ -133,17 +143,23 @@ class Outside(Pieces):
             self.begin(call[0], rest)
             self.argue(call[1])
             return self.next()
-        self.say(OPEN * self.tagged + text + tag)
+        if not self.tagged:
+            return self.cut()
+        self.say(OPEN + text + tag)
         self._text = rest
         return "outside"
 
-    def next(self, state: str = "outside") -> str:
-        "The state after a call: `state`, or none if one call is all."
-        self.done = not self.many
-        return "end" if self.done else state
+    def cut(self) -> str:
+        "A forced reply ended before a call's arguments began: a call without any, if its name is known; never text."
+        found = NAME.match(self._text)
+        known = [n for n in self.names if len(self.names) == 1 or (found and found[1] == n)]
+        if known:
+            self.begin(known[0], "")
+        self._text = ""
+        return "end"
 
 # %% ../../nbs/serving/02d_toolcalls.ipynb #c8b1a793
-class States(Outside):
+class States(Head):
     "The states inside a call, and the last one."
 
     def arguments(self, last: bool) -> str:

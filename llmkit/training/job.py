@@ -11,9 +11,13 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Interval
 
 from ..core.config import Config
+from ..models.presets import find_shape
 
 # %% auto #0
-__all__ = ['QUICKSTART', 'Shape', 'Pretraining', 'TrainJob']
+__all__ = ['SHAPE', 'QUICKSTART', 'Shape', 'Pretraining', 'TrainJob']
+
+# %% ../../nbs/training/00_job.ipynb #fdf986cd
+SHAPE = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
 
 # %% ../../nbs/training/00_job.ipynb #d48b4b9c
 @dataclass(kw_only=True)
@@ -24,18 +28,26 @@ class Shape(Config):
     data: str = ""  # folder of prepared data; empty makes a tiny one
     base: str = ""  # model folder to start from; empty starts from scratch with the shape below
     seed: int = 0
-    arch: Literal["llama", "qwen3"] = "qwen3"
-    hidden_size: Annotated[int, Ge(8)] = 32
-    layers: Annotated[int, Ge(1)] = 2
-    heads: Annotated[int, Ge(1)] = 2
-    kv_heads: Annotated[int, Ge(1)] = 2
-    intermediate_size: Annotated[int, Ge(8)] = 64
-    max_length: Annotated[int, Ge(8)] = 512  # positions the model can have
+    model: str = "tiny"  # preset (125M, 1B, 7B, tiny-moe, 8x7B, ...) or a YAML file of ModelConfig; its fields follow
+    arch: str | None = None  # None, here and below, is what `model` says
+    hidden_size: Annotated[int | None, Ge(8)] = None
+    layers: Annotated[int | None, Ge(1)] = None
+    heads: Annotated[int | None, Ge(1)] = None
+    kv_heads: Annotated[int | None, Ge(1)] = None
+    intermediate_size: Annotated[int | None, Ge(8)] = None
+    max_length: Annotated[int | None, Ge(8)] = None  # positions the model can have
+
+    def validate(self) -> None:
+        "The shape must be one, and a model that is there already has its own."
+        self.shape()
+        for name in ("model", *SHAPE) if self.base else ():
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                self.fail(name, "must be left out, for the shape is that of base")
 
     def shape(self) -> dict[str, Any]:
-        "The model's shape, as fields of `llmkit.models.factory.ModelConfig`."
-        names = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
-        return {n: getattr(self, n) for n in names}
+        "The model's shape, as fields of `llmkit.models.config.ModelConfig`; the vocabulary comes from the data."
+        given = {n: getattr(self, n) for n in SHAPE if getattr(self, n) is not None}
+        return {n: v for n, v in find_shape(self.model, **given).to_dict().items() if n != "vocab_size"}
 
 # %% ../../nbs/training/00_job.ipynb #9209ed82
 @dataclass(kw_only=True)
@@ -43,12 +55,15 @@ class Pretraining(Shape):
     "A run's pretraining."
 
     length: Annotated[int, Ge(8)] = 48  # tokens in a training row
-    batch_size: Annotated[int, Ge(1)] = 8  # rows in a step
+    batch_size: Annotated[int, Ge(1)] = 8  # rows in a step, over all processes
+    micro_batch: Annotated[int, Ge(0)] = 0  # rows that a process computes at once; 0 is all of its share
     steps: Annotated[int, Ge(0)] = 30  # of pretraining
-    lr: Annotated[float, Gt(0)] = 0.015  # Muon's, for the hidden matrices
+    optimizer: Literal["muon", "adamw"] = "muon"  # of pretraining; ZeRO needs adamw
+    lr: Annotated[float, Gt(0)] = 0.015  # Muon's, for the hidden matrices, or AdamW's for all
     table_lr: Annotated[float, Gt(0)] = 0.02  # AdamW's, for embeddings and norms
     warmup: Annotated[int, Ge(0)] = 5  # steps
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.6  # share of the steps in which the rate falls to zero
+    clip: Annotated[float, Ge(0)] = 0.0  # largest norm of the gradient; 0 does not clip
     mix: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of instruction rows in the late batches
     mix_from: Annotated[float, Interval(ge=0, le=1)] = 0.5  # where they begin, as a share of the steps
 
@@ -64,8 +79,25 @@ class TrainJob(Pretraining):
     rank: Annotated[int, Ge(1)] = 8  # of the LoRA matrices
     alpha: Annotated[float, Gt(0)] = 16.0  # LoRA's output is scaled by alpha / rank
     sft_holes: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of holes to fill among the fine-tuning examples
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # arithmetic; auto looks at the processor
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic; auto looks at the processor or GPU
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    compile: bool = False  # torch.compile; needs a C++ compiler
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 keeps only the end of each phase
+    keep: Annotated[int, Ge(1)] = 2  # checkpoints of a phase that are kept
+    strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"  # how processes share the work
+    nproc: Annotated[int, Ge(1)] = 1  # processes on each node, one per GPU
+    nnodes: Annotated[int, Ge(1)] = 1  # nodes, each of which runs this job
+
+    def validate(self) -> None:
+        "One process is strategy single, several are one of the others."
+        processes = self.nproc * self.nnodes
+        if (self.strategy == "single") != (processes == 1):
+            self.fail(
+                "strategy",
+                "must be ddp, fsdp, zero1, zero2 or zero3" if processes > 1 else "must be single in one process",
+            )
+        if self.strategy.startswith("zero") and self.optimizer == "muon" and self.steps:
+            self.fail("optimizer", "must be adamw under ZeRO, which cannot cut Muon's matrices; lr is then AdamW's")
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:

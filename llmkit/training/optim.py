@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 
 # %% auto #0
-__all__ = ['split_parameters', 'make_optimizers', 'wsd', 'set_rate', 'bf16_pays', 'resolve_precision', 'arithmetic']
+__all__ = ['Precision', 'split_parameters', 'make_optimizers', 'make_adamw', 'wsd', 'set_rate', 'bf16_pays', 'resolve_precision']
 
 # %% ../../nbs/training/01a_optim.ipynb #735358d5
 def split_parameters(model: torch.nn.Module) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -36,6 +35,22 @@ def make_optimizers(
     matrices, rest = split_parameters(model)
     muon = torch.optim.Muon(matrices, lr=lr, momentum=momentum, weight_decay=0.0)
     return [muon, torch.optim.AdamW(rest, lr=table_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+# %% ../../nbs/training/01a_optim.ipynb #5b83b0f5
+def make_adamw(
+    model: torch.nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,  # of matrices
+) -> torch.optim.AdamW:
+    "AdamW over everything that is trained."
+    free = [p for p in model.parameters() if p.requires_grad]
+    if not weight_decay:
+        return torch.optim.AdamW(free, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [
+        {"params": [p for p in free if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in free if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95))
 
 # %% ../../nbs/training/01a_optim.ipynb #26d9d4df
 def wsd(
@@ -64,14 +79,14 @@ def bf16_pays(
     "Whether bfloat16 matrix products are faster than float32 ones on the processor `cpu`."
     return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in str(cpu.get("cpu_name"))))
 
+# %% ../../nbs/training/01a_optim.ipynb #89aff37d
+Precision = Literal["fp32", "bf16", "fp16"]
+
 # %% ../../nbs/training/01a_optim.ipynb #17db43aa
-def resolve_precision(wanted: Literal["auto", "fp32", "bf16"] = "auto") -> str:
-    "`fp32` or `bf16`; `auto` takes bf16 only where it is faster on this processor."
+def resolve_precision(wanted: Literal["auto", "fp32", "bf16", "fp16"] = "auto") -> Precision:
+    "`fp32`, `bf16` or `fp16`; `auto` takes bf16 where it is faster, on this GPU or this processor."
     if wanted != "auto":
         return wanted
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     return "bf16" if bf16_pays(torch.cpu.get_capabilities()) else "fp32"
-
-# %% ../../nbs/training/01a_optim.ipynb #be95ebf1
-def arithmetic(precision: str) -> AbstractContextManager[object]:
-    "The context in which a forward pass of `precision` runs."
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()

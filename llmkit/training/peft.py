@@ -18,14 +18,16 @@ from ..data.chat import IGNORED, encode_pairs
 from ..data.code import fim_prompt
 from ..data.tokenizer import EOS, encode_texts
 from .job import TrainJob
-from .optim import resolve_precision, wsd
-from .recipe import attention_for, causal_loss, fit, job_key
-from .resume import Checkpoints
+from .loop import fit, read_gathered, state_for
+from .optim import resolve_precision
+from .recipe import Recipe
+from .stream import Batch, ByStep
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # %% auto #0
-__all__ = ['TARGETS', 'Encoded', 'add_lora', 'like_lengths', 'pad', 'encode_holes', 'examples', 'batches', 'finetune']
+__all__ = ['TARGETS', 'Encoded', 'add_lora', 'like_lengths', 'pad', 'encode_holes', 'examples', 'batches', 'finetuning_recipe',
+           'finetune']
 
 # %% ../../nbs/training/03_peft.ipynb #c3ba3c94
 def add_lora(
@@ -100,20 +102,29 @@ def batches(
     batch: int,
     pad_id: int,
     seed: int = 0,
-) -> Callable[[int], tuple[torch.Tensor, torch.Tensor]]:
-    "A function from a step to `(input_ids, labels)`, both [batch, longest]; padding has no labels."
+) -> Callable[[int], Batch]:
+    "A function from a step to a batch of examples of like length; padding has no labels."
     ids, labels = encoded
     epochs: dict[int, list[np.ndarray]] = {}
 
-    def at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def at(step: int) -> Batch:
         epoch, i = divmod(step, -(-len(ids) // batch))
         if epoch not in epochs:
             epochs.clear()
             epochs[epoch] = like_lengths([len(x) for x in ids], batch, seed + epoch)
         chosen = epochs[epoch][i]
-        return pad([ids[j] for j in chosen], pad_id), pad([labels[j] for j in chosen], IGNORED)
+        inputs = {"ids": pad([ids[j] for j in chosen], pad_id), "labels": pad([labels[j] for j in chosen], IGNORED)}
+        return Batch(inputs, [f"example {j}" for j in chosen])
 
     return at
+
+# %% ../../nbs/training/03_peft.ipynb #85f53cbb
+def finetuning_recipe(job: TrainJob) -> Recipe:
+    "The recipe of a job's fine-tuning."
+    names = ("micro_batch", "warmup", "clip", "seed", "gradient_checkpointing", "compile")
+    sizes = {"steps": job.sft_steps, "batch_size": job.sft_batch, "length": job.sft_length, "lr": job.sft_lr}
+    same = {n: getattr(job, n) for n in names}
+    return Recipe.sft(**sizes, **same, weight_decay=0.01, precision=resolve_precision(job.precision))
 
 # %% ../../nbs/training/03_peft.ipynb #6229bb25
 def finetune(
@@ -121,21 +132,22 @@ def finetune(
     prepared: Any,  # llmkit.data.prepared.Prepared
     model: Any,  # its projections get adapters in place; use what is returned
     folder: str | Path | None = None,  # where checkpoints go; None keeps none
+    strategy: Any = None,  # llmkit.training.distributed.Strategy; None is this process alone
+    log: Any = None,  # gets numbers and a step, now and then
+    rebuild: Callable[[], Any] | None = None,  # makes `model` again, which the strategy may have cut into pieces
 ) -> tuple[Any, list[float]]:
     "LoRA on the instruction pairs; `(plain model with the adapter merged, loss of every step)`."
     at = batches(examples(job, prepared), job.sft_batch, prepared.tokenizer.pad_token_id, job.seed)
-    precision = resolve_precision(job.precision)
+    made, recipe = ByStep(at, prepared.profile["hash"]), finetuning_recipe(job)
     wrapped = add_lora(model.train(), job.rank, job.alpha, job.seed)
-
-    def loss_at(step: int) -> torch.Tensor:
-        ids, labels = at(step)
-        return causal_loss(model, ids, labels=labels, precision=precision)
-
-    adapter = [p for p in model.parameters() if p.requires_grad]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(adapter, lr=job.sft_lr, betas=(0.9, 0.95))]
-    key = job_key(job, prepared)
-    checkpoints = Checkpoints(Path(folder) / "finetune", key, job.checkpoint_every) if folder else None
-    rate = lambda step: wsd(step, job.sft_steps, job.warmup, decay=1.0)  # noqa: E731
-    with attention_for(model, job.sft_length):
-        losses = fit(model, optimizers, loss_at, job.sft_steps, rate, checkpoints, "fine-tuning step")
+    state = None
+    if folder:
+        adapter = {"rank": job.rank, "alpha": job.alpha, "holes": job.sft_holes}
+        state = state_for(Path(folder) / "finetune", model, made, recipe, job.checkpoint_every, job.keep, **adapter)
+    whole = Path(folder) / "finetune.safetensors" if folder and rebuild else None
+    losses = fit(model, made, recipe, strategy, state, log=log, what="fine-tuning step", gathered=whole)
+    if rebuild and whole:
+        model = rebuild()
+        wrapped = add_lora(model, job.rank, job.alpha, job.seed)
+        read_gathered(model, whole)
     return wrapped.merge_and_unload().eval(), losses

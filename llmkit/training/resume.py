@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
+import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.config import plain
 from ..core.errors import ModelError
+from ..core.run import locked, read_json, write_json
+from .interrupt import Stop, stoppable
+from .snapshot import SEAL, newest, prune, step_folder, write_snapshot
+
+log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['fingerprint', 'Checkpoints', 'state_of', 'save_state', 'load_state', 'restore']
+__all__ = ['log', 'fingerprint', 'Point', 'random_state', 'restore_random', 'kept_random', 'derive_random', 'write_rank',
+           'read_rank', 'own_tensors', 'differences', 'Checkpoints', 'agreement', 'choose', 'State', 'read_point']
 
 # %% ../../nbs/training/06_resume.ipynb #e5df647a
 def fingerprint(*things: Any) -> str:
@@ -26,70 +37,180 @@ def fingerprint(*things: Any) -> str:
     text = json.dumps(plain(list(things)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+# %% ../../nbs/training/06_resume.ipynb #670be46a
+@dataclass
+class Point:
+    "Where a run stands, beside weights and optimizer."
+
+    done: int = 0  # steps
+    losses: list[float] = field(default_factory=list)  # of every step so far
+    cursor: dict[str, Any] = field(default_factory=dict)  # where the data stand; JSON
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # this rank's own, e.g. a rollout buffer
+    values: dict[str, Any] = field(default_factory=dict)  # this rank's own; JSON
+
+# %% ../../nbs/training/06_resume.ipynb #e5209502
+def random_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    "The random states of this process, as `(tensors, JSON)`."
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    kind, words, place, has, gauss = np.random.get_state()
+    numpy = [kind, np.asarray(words).tolist(), place, has, gauss]
+    return tensors, {"python": random.getstate(), "numpy": numpy}
+
+# %% ../../nbs/training/06_resume.ipynb #940575fb
+def restore_random(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    "Put the states from `random_state` back."
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, words, gauss = values["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(values["numpy"]))
+
+# %% ../../nbs/training/06_resume.ipynb #822f3dbe
+@contextmanager
+def kept_random() -> Iterator[None]:
+    "Whatever is drawn or seeded within it, afterwards the random states are what they were."
+    before = random_state()
+    try:
+        yield
+    finally:
+        restore_random(*before)
+
+# %% ../../nbs/training/06_resume.ipynb #85b75e6d
+def derive_random(seed: int, done: int, rank: int) -> None:
+    "Seed torch, Python and numpy for `rank` from step `done` on."
+    number = int(fingerprint(seed, done, rank), 16) % 2**32
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+# %% ../../nbs/training/06_resume.ipynb #bbfb11ec
+def write_rank(folder: Path, rank: int, point: Point) -> None:
+    "What belongs to one rank, and the losses."
+    from safetensors.torch import save_file
+
+    states, values = random_state()
+    tensors = {f"random/{k}": v for k, v in states.items()} | {f"own/{k}": v for k, v in point.tensors.items()}
+    tensors["losses"] = torch.tensor(point.losses, dtype=torch.float64)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / f"rank{rank}.safetensors")
+    write_json(folder / f"rank{rank}.json", {"random": values, "own": point.values})
+
+# %% ../../nbs/training/06_resume.ipynb #f159f1c7
+def read_rank(folder: Path, rank: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    "What `write_rank` wrote, as `(tensors, JSON)`."
+    from safetensors.torch import load_file
+
+    return load_file(folder / f"rank{rank}.safetensors"), read_json(folder / f"rank{rank}.json")
+
+# %% ../../nbs/training/06_resume.ipynb #839e335c
+def own_tensors(folder: Path, rank: int, world: int, saved: int) -> dict[str, torch.Tensor]:
+    "This rank's own tensors; those of `saved` ranks are laid end to end and cut anew where `world` is another number."
+    parts = [read_rank(folder, r)[0] for r in ([rank] if world == saved else range(saved))]
+    names = [k for k in parts[0] if k.startswith("own/")]
+    whole = {k[4:]: torch.cat([p[k] for p in parts]) if len(parts) > 1 else parts[0][k] for k in names}
+    if world == saved:
+        return whole
+    if odd := [k for k, v in whole.items() if v.ndim == 0 or len(v) % world]:
+        message = f"{odd[0]} in the checkpoint {folder} cannot be divided among {world} processes"
+        raise ModelError(message, f"continue with {saved} processes, or a divisor of {len(whole[odd[0]])}")
+    return {k: v.chunk(world)[rank].clone() for k, v in whole.items()}
+
+# %% ../../nbs/training/06_resume.ipynb #5ca1c881
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    "What differs between two keys, as `name was, is now`."
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = [*there, *(k for k in here if k not in there)]
+        below = [differences(there.get(k), here.get(k), f"{name}.{k}" if name else k) for k in names]
+        return [line for lines in below for line in lines]
+    return [] if there == here else [f"{name} was {there!r} and is {here!r}"]
+
 # %% ../../nbs/training/06_resume.ipynb #a2a55725
 class Checkpoints:
-    "The last checkpoint of one training phase, in a folder of its own."
+    "A folder of checkpoints, when to write them, and whose they are."
 
     def __init__(
         self,
         folder: str | Path,
-        key: str,  # a checkpoint with another key is not ours to continue
+        key: dict[str, Any],  # what decides the numbers, by name; a checkpoint with another key is refused
         every: int = 100,  # steps between two checkpoints; 0 writes none but the last
+        keep: int = 2,  # how many are kept
+        seed: int = 0,  # random states are derived from it where the number of processes changed
     ) -> None:
-        self.path, self.key, self.every = Path(folder) / "checkpoint.pt", key, every
+        self.folder, self.every, self.keep, self.seed = Path(folder), every, max(1, keep), seed
+        self.key, self.stop = json.loads(json.dumps(plain(key))), Stop()
 
     def due(self, done: int, steps: int) -> bool:
-        "Whether to write after `done` steps: every so often, and at the end of the phase."
+        "Whether to write after `done` steps: every so often, and at the end."
         return done == steps or (self.every > 0 and done % self.every == 0)
 
-    def save(self, done: int, model: Any, optimizers: list[Any], losses: list[float]) -> Path:
-        "Write atomically: weights that are trained, optimizer state, losses, and the number of steps done."
-        return save_state(self.path, state_of(self.key, done, model, optimizers, losses))
-
-    def load(self, model: Any, optimizers: list[Any]) -> tuple[int, list[float]]:
-        "Put the last checkpoint into `model` and `optimizers`; `(steps done, losses)`, or `(0, [])` if there is none."
-        state = load_state(self.path)
-        if state is None or state["key"] != self.key:
-            return 0, []
-        return restore(state, model, optimizers)
+    @contextmanager
+    def held(self, rank: int = 0) -> Iterator[Stop]:
+        "Within it the folder belongs to this process, and SIGTERM sets `stop.asked`."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder) if rank == 0 else nullcontext(), stoppable() as self.stop:
+            yield self.stop
 
     def clear(self) -> None:
-        "Delete the checkpoint: the model folder has what matters."
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+        "Delete all checkpoints: the model folder has what matters."
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../../nbs/training/06_resume.ipynb #87d59ec1
-def state_of(key: str, done: int, model: Any, optimizers: list[Any], losses: list[float]) -> dict[str, Any]:
-    "What a checkpoint holds."
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    states = [o.state_dict() for o in optimizers]
-    return {"key": key, "done": done, "losses": losses, "weights": weights, "optimizers": states}
+# %% ../../nbs/training/06_resume.ipynb #8084d0dc
+def agreement(strategy: Any, yes: bool) -> bool:
+    "Whether all ranks say yes."
+    return yes if strategy.world == 1 else strategy.mean(torch.tensor(float(yes), device=strategy.device)).item() == 1
 
-# %% ../../nbs/training/06_resume.ipynb #09a29626
-def save_state(path: Path, state: dict[str, Any]) -> Path:
-    "Write `state` beside `path` and move it there in one step."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(state, part)
-    os.replace(part, path)
-    return path
+# %% ../../nbs/training/06_resume.ipynb #4f0336d7
+def choose(folder: Path, strategy: Any) -> Path | None:
+    "The checkpoint that all ranks load; None if there is none."
+    found = newest(folder) if strategy.rank == 0 else None
+    if strategy.world == 1:
+        return found
+    done = read_json(found / SEAL)["done"] if found else -1
+    number = torch.tensor(float(done if strategy.rank == 0 else 0), device=strategy.device)
+    step = round(strategy.mean(number).item() * strategy.world)
+    return step_folder(folder, step) if step >= 0 else None
 
-# %% ../../nbs/training/06_resume.ipynb #1d589cf2
-def load_state(path: Path) -> dict[str, Any] | None:
-    "The checkpoint at `path`, tensors and plain values only (no code is unpickled); None if there is none."
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as e:  # torch raises whatever the broken file leads it to: zip, pickle, value errors
-        raise ModelError(f"the checkpoint {path} is broken", "delete it to start over") from e
+# %% ../../nbs/training/06_resume.ipynb #49accbcd
+class State(Checkpoints):
+    "Saves and loads all that a resumed run needs to be equal to one that was never interrupted."
 
-# %% ../../nbs/training/06_resume.ipynb #742908bc
-def restore(state: dict[str, Any], model: Any, optimizers: list[Any]) -> tuple[int, list[float]]:
-    "Copy a checkpoint's state into `model` and `optimizers`; `(steps done, losses)`."
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, saved in state["weights"].items():
-            parameters[name].copy_(saved)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["done"], state["losses"]
+    def save(self, point: Point, model: Any, optimizer: Any, strategy: Any) -> Path:
+        "Write a checkpoint, all or nothing, and delete those beyond `keep`."
+
+        def fill(part: Path) -> None:
+            strategy.save(model, optimizer, part / "weights")
+            write_rank(part, strategy.rank, point)
+
+        facts = {"key": self.key, "done": point.done, "cursor": point.cursor, "world": strategy.world}
+        first, agree = strategy.rank == 0, lambda yes: agreement(strategy, yes)
+        path = write_snapshot(self.folder, point.done, fill, facts, first, agree)
+        if first:
+            prune(self.folder, point.done, self.keep)
+        return path
+
+    def load(self, model: Any, optimizer: Any, strategy: Any) -> Point:
+        "Put the newest whole checkpoint into `model` and `optimizer`; where the run stands, step 0 if there is none."
+        path = choose(self.folder, strategy)
+        if path is None:
+            return Point()
+        facts = read_json(path / SEAL)
+        if found := differences(facts["key"], self.key):
+            message = f"the checkpoints in {self.folder} are of another run: {', '.join(found[:4])}"
+            raise ModelError(message, "give another folder, or delete them to start over")
+        strategy.load(model, optimizer, path / "weights")
+        return read_point(path, facts, strategy, self.seed)
+
+# %% ../../nbs/training/06_resume.ipynb #b4213e4b
+def read_point(path: Path, facts: dict[str, Any], strategy: Any, seed: int) -> Point:
+    "Where the run of a checkpoint stood; the random states of this process are set to what they were."
+    rank, world, saved = strategy.rank, strategy.world, facts["world"]
+    tensors, values = read_rank(path, rank if world == saved else 0)
+    own = own_tensors(path, rank, world, saved)
+    if world == saved:
+        restore_random({k[7:]: v for k, v in tensors.items() if k.startswith("random/")}, values["random"])
+    else:
+        log.warning("%d processes wrote %s, %d go on: their random states are new", saved, path, world)
+        derive_random(seed, facts["done"], rank)
+    return Point(facts["done"], tensors["losses"].tolist(), facts["cursor"], own, values["own"])

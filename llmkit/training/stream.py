@@ -6,19 +6,76 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..core.errors import DataError
-from ..data.chat import encode_pairs
+from ..data.chat import IGNORED, encode_pairs
 from ..data.code import fim_prompt
 from ..data.packing import pack, positions
 from ..data.tokenizer import EOS, encode_texts, join_tokens
 
 # %% auto #0
-__all__ = ['Rows', 'instructions', 'Stream', 'make_stream', 'seen']
+__all__ = ['Batch', 'Batches', 'ByStep', 'Rows', 'instructions', 'Stream', 'make_stream', 'seen']
+
+# %% ../../nbs/training/01b_stream.ipynb #1040692f
+@dataclass
+class Batch:
+    "The rows of one step, over all ranks."
+
+    inputs: dict[str, torch.Tensor]  # keyword arguments of the loss, each with one line a row
+    rows: list[str]  # where each row comes from
+
+    def learned(self) -> list[int]:
+        "How many tokens of each row have a label."
+        labels = self.inputs.get("labels")
+        if labels is None:
+            shape = next(iter(self.inputs.values())).shape
+            return [max(1, shape[1] - 1) if len(shape) > 1 else 1] * shape[0]
+        return (labels[:, 1:] != IGNORED).flatten(1).sum(1).tolist()
+
+    def tokens(self) -> int:
+        "How many tokens the model reads, padding included."
+        return next(iter(self.inputs.values())).numel()
+
+# %% ../../nbs/training/01b_stream.ipynb #80f4cc51
+class Batches(Protocol):
+    "The global batches of a run, in order."
+
+    key: str  # changes when the data, or their order, do
+
+    def next(self) -> Batch:
+        "The batch of the next step, the same one on every rank."
+
+    def cursor(self) -> dict[str, Any]:
+        "Where it stands, JSON-able."
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        "Go on from where `cursor` was taken; an empty one is the start."
+
+# %% ../../nbs/training/01b_stream.ipynb #f28881a2
+class ByStep:
+    "Batches from a function of the step."
+
+    def __init__(self, at: Callable[[int], Batch], key: str = "") -> None:
+        self.at, self.key, self.step = at, key, 0
+
+    def next(self) -> Batch:
+        "The batch of the next step."
+        self.step += 1
+        return self.at(self.step - 1)
+
+    def cursor(self) -> dict[str, Any]:
+        "The next step."
+        return {"step": self.step}
+
+    def seek(self, cursor: dict[str, Any]) -> None:
+        "Go on from `cursor`."
+        self.step = cursor.get("step", 0)
 
 # %% ../../nbs/training/01b_stream.ipynb #c06d7fa6
 class Rows:
@@ -32,16 +89,16 @@ class Rows:
         self.ids, self.seed = ids, seed
         self.epoch, self.order = -1, np.zeros(0, dtype=np.int64)
 
-    def at(self, i: int) -> np.ndarray:
-        "Row number `i` of the run."
+    def number(self, i: int) -> int:
+        "Which row of `ids` is row `i` of the run."
         epoch, at = divmod(i, len(self.ids))
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.ids))
-        return self.ids[self.order[at]]
+        return int(self.order[at])
 
     def take(self, start: int, n: int) -> np.ndarray:
         "Rows `start` to `start + n` of the run, int64 [n, length]."
-        drawn = [self.at(i) for i in range(start, start + n)]
+        drawn = [self.ids[self.number(i)] for i in range(start, start + n)]
         return np.stack(drawn) if drawn else self.ids[:0]
 
 # %% ../../nbs/training/01b_stream.ipynb #18421637
@@ -68,15 +125,29 @@ class Stream:
         self.corpus, self.extra, self.batch = corpus, extra, batch
         self.mix, self.mix_from = mix if extra is not None else 0, mix_from
 
+    def starts(self, step: int) -> tuple[int, int, int]:
+        "First corpus row of a step, first row of instructions, and how many of those."
+        late = max(0, step - self.mix_from)
+        plain = min(step, self.mix_from) * self.batch + late * (self.batch - self.mix)
+        return plain, late * self.mix, self.mix if step >= self.mix_from else 0
+
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         "`(input_ids [batch, length], position_ids)` of a step; no positions where no row has two documents."
-        plain = min(step, self.mix_from) * self.batch + max(0, step - self.mix_from) * (self.batch - self.mix)
-        mix = self.mix if step >= self.mix_from else 0
+        plain, told, mix = self.starts(step)
         ids = self.corpus.take(plain, self.batch - mix)
         if mix and self.extra is not None:
-            ids = np.concatenate([ids, self.extra.take((step - self.mix_from) * mix, mix)])
+            ids = np.concatenate([ids, self.extra.take(told, mix)])
         places = positions(ids, EOS) if (ids[:, :-1] == EOS).any() else None
         return torch.from_numpy(ids), None if places is None else torch.from_numpy(places)
+
+    def batch_at(self, step: int) -> Batch:
+        "The same as the loop's batch, with the numbers of its rows."
+        ids, places = self.at(step)
+        plain, told, mix = self.starts(step)
+        rows = [f"corpus row {self.corpus.number(i)}" for i in range(plain, plain + self.batch - mix)]
+        if mix and self.extra is not None:
+            rows += [f"instruction row {self.extra.number(i)}" for i in range(told, told + mix)]
+        return Batch({"ids": ids} if places is None else {"ids": ids, "position_ids": places}, rows)
 
 # %% ../../nbs/training/01b_stream.ipynb #f8f521b7
 def make_stream(

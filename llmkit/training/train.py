@@ -5,22 +5,30 @@
 # %% ../../nbs/training/03a_train.ipynb #5b48c5ad
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.card import ModelCard
+from ..core.errors import ConfigError, Preempted, RunError
 from ..data.prepare import PrepareJob, prepare
 from ..data.prepared import Prepared
 from ..models.factory import count, save_model
+from .distributed import make_strategy, place
 from .job import TrainJob
+from .launch import StoppedError, launch
+from .loop import read_gathered
 from .optim import resolve_precision
 from .peft import finetune
-from .recipe import pretrain, start
+from .pretrain import pretrain, start
 
 # %% auto #0
-__all__ = ['Trained', 'account', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
+__all__ = ['Log', 'Trained', 'account', 'named', 'joined', 'phases', 'train_here', 'train_rank', 'train_many', 'train',
+           'own_data', 'own_model', 'plot_losses', 'running_mean']
 
 # %% ../../nbs/training/03a_train.ipynb #41824b06
 @dataclass
@@ -48,28 +56,100 @@ def account(job: TrainJob, prepared: Any, parameters: int) -> dict[str, Any]:
     run |= {"precision": resolve_precision(job.precision), "sft_examples": job.sft_steps * job.sft_batch}
     return {"hash": prepared.profile["hash"], "run": run, "job": job.to_dict()}
 
+# %% ../../nbs/training/03a_train.ipynb #aad1d132
+Log = Callable[[dict[str, float], int], Any]
+
+# %% ../../nbs/training/03a_train.ipynb #02897099
+def named(log: Log | None, prefix: str) -> Log | None:
+    "`log` with `prefix` before the names of numbers, without the loss."
+    if log is None:
+        return None
+    return lambda values, step: log({prefix + k: v for k, v in values.items() if k != "loss"}, step)
+
+# %% ../../nbs/training/03a_train.ipynb #4d5e0b5d
+@contextmanager
+def joined(job: TrainJob) -> Iterator[Any]:
+    "The strategy of one phase, left at its end."
+    strategy = make_strategy(job.strategy, resolve_precision(job.precision))
+    yield strategy
+    strategy.close()  # not after a failure: it waits for the other ranks, which would hide what happened
+
+# %% ../../nbs/training/03a_train.ipynb #ef64f818
+def phases(job: TrainJob, prepared: Any, folder: Path | None, log: Log | None) -> tuple[Any, list[float], list[float]]:
+    "Pretrain and fine-tune in this process, or as one of several: the model and both phases' losses."
+    whole = folder / "pretrain.safetensors" if folder and job.strategy != "single" else None
+    make = lambda: start(job, prepared.tokenizer)  # noqa: E731
+    model = make()
+    with joined(job) as strategy:
+        losses = pretrain(job, prepared, model, folder, strategy, named(log, ""), whole)
+    again = (lambda: read_gathered(make(), whole)) if whole else None
+    model = again() if again else model
+    if not job.sft_steps:
+        return model, losses, []
+    with joined(job) as strategy:
+        model, tuned = finetune(job, prepared, model, folder, strategy, named(log, "sft_"), again)
+    return model, losses, tuned
+
+# %% ../../nbs/training/03a_train.ipynb #2109d8e2
+def train_here(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path | None, log: Log | None) -> Trained:
+    "Both phases, and the model folder with its card, which rank 0 writes."
+    model, losses, tuned = phases(job, prepared, checkpoints, log)
+    last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
+    last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
+    base = ModelCard.load(job.base).revision if job.base else ""
+    card = ModelCard(base_model=base, data=account(job, prepared, count(model)), metrics=last)
+    if place("RANK") == 0:
+        save_model(model.cpu().eval(), prepared.tokenizer, folder, card)
+    return Trained(folder, losses, tuned, card)
+
+# %% ../../nbs/training/03a_train.ipynb #c99fac9b
+def train_rank(job: dict[str, Any], data: str, folder: str, checkpoints: str) -> list[list[float]]:
+    "What one of several processes runs; the losses of both phases."
+
+    def write(values: dict[str, float], step: int) -> None:
+        with open(Path(checkpoints) / "heard.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps([values, step]) + "\n")
+
+    trained = train_here(TrainJob.from_dict(job), Prepared(data), Path(folder), Path(checkpoints), write)
+    return [trained.pretrain, trained.finetune]
+
+# %% ../../nbs/training/03a_train.ipynb #46cf1b18
+def train_many(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path, log: Log | None) -> Trained:
+    "Train in `nproc` x `nnodes` processes."
+    arguments = {"job": job.to_dict(), "data": str(Path(prepared.folder).resolve())}
+    arguments |= {"folder": str(folder.resolve()), "checkpoints": str(checkpoints.resolve())}
+    target, home = "llmkit.training.train:train_rank", checkpoints / "launch"
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        value = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
+    except StoppedError as e:
+        raise Preempted(e.message, e.hint) from e
+    if value is None:
+        raise RunError("this node is not the first: the model is written there", "look at the first node's run")
+    heard = checkpoints / "heard.jsonl"
+    for line in heard.read_text(encoding="utf-8").splitlines() if log and heard.exists() else []:
+        log(*json.loads(line))  # type: ignore[misc]
+    return Trained(folder, value[0], value[1], ModelCard.load(folder))
+
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
 def train(
     job: TrainJob,
     prepared: Any,  # llmkit.data.prepared.Prepared
     folder: str | Path,  # the model folder to write
     checkpoints: str | Path | None = None,  # where to keep and look for checkpoints
+    log: Log | None = None,  # gets norms, rates and speed of both phases, and the step, now and then
 ) -> Trained:
     "Pretrain, fine-tune, save; continues from `checkpoints` if a run of the same job left some there."
-    model = start(job, prepared.tokenizer)
-    parameters = count(model)
-    losses = pretrain(job, prepared, model, checkpoints)
-    tuned: list[float] = []
-    if job.sft_steps:
-        model, tuned = finetune(job, prepared, model, checkpoints)
-    last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
-    last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
-    base = ModelCard.load(job.base).revision if job.base else ""
-    card = ModelCard(base_model=base, data=account(job, prepared, parameters), metrics=last)
-    save_model(model.eval(), prepared.tokenizer, folder, card)
-    if checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # the model folder has what matters
-    return Trained(Path(folder), losses, tuned, card)
+    home = Path(checkpoints) if checkpoints else None
+    if job.strategy == "single":
+        trained = train_here(job, prepared, Path(folder), home, log)
+    elif home is None:
+        raise ConfigError(f"strategy {job.strategy} needs a folder for checkpoints", "it is where processes meet")
+    else:
+        trained = train_many(job, prepared, Path(folder), home, log)
+    if home:
+        shutil.rmtree(home, ignore_errors=True)  # the model folder has what matters
+    return trained
 
 # %% ../../nbs/training/03a_train.ipynb #d0ba870a
 def own_data(

@@ -35,7 +35,8 @@ from llmkit.models.multimodal import (
     vision_processor,
     vision_tokenizer,
 )
-from .optim import arithmetic, make_optimizers, resolve_precision, set_rate, wsd
+from .distributed import Single
+from .optim import make_optimizers, resolve_precision, set_rate, wsd
 
 # %% auto #0
 __all__ = ['EASY', 'VisionJob', 'present', 'batch_at', 'labels_of', 'own_pictures', 'job_key', 'save_progress', 'load_progress',
@@ -199,7 +200,7 @@ def one_step(
     precision: str = "fp32",
 ) -> float:
     "Loss, gradient, update; the loss."
-    with arithmetic(precision):
+    with Single(precision).autocast():
         loss = learner(batch, write)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(learner.parameters(), clip)

@@ -68,6 +68,9 @@ def sensible(case: Any) -> None:
         body |= {"weights": {"tiny": 0.5, "short": 0.5}, "shadow": None}
     if case.path == "/v1/models/{name}":
         case.path_parameters["name"] = "tiny"
+    if case.path == "/admin/revisions/{name}/state":
+        case.path_parameters["name"] = "tiny"
+        body["state"] = "warm"
 
 
 STATUS: dict[str, set[int]] = {}  # which statuses each operation was seen with

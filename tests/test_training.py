@@ -1,0 +1,130 @@
+"""Trainings that are killed, told to leave, and spread over processes are the trainings that were not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fitting
+import pytest
+import torch
+from conftest import command
+from fitting import KINDS, KilledError, ranks, training, write_data
+from safetensors.torch import load_file
+
+from llmkit.training.launch import launch
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A folder with data."""
+    write_data(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_is_equal(kind: str, home: Path) -> None:
+    """Killed at random steps, twice: the same losses and weights as uninterrupted, to the bit, ten times."""
+    losses, model = training(str(home), kind, "whole")
+    assert losses[-1] < losses[0]
+    chance = random.Random(kind)
+    for case in range(10):
+        first, every = chance.randrange(1, 8), chance.randrange(1, 5)
+        for die in (first, chance.randrange(0, 8 - first + first % every), 1000):
+            torch.manual_seed(chance.randrange(1000))  # what a new process would have
+            try:
+                again, same = training(str(home), kind, f"run{case}", every=every, die=die)
+                break
+            except KilledError:
+                continue
+        assert again == losses, (case, first, every)
+        assert all(a.equal(b) for a, b in zip(model.parameters(), same.parameters(), strict=True)), case
+
+
+def process(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """fitting.py in a process of its own."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    code = [sys.executable, fitting.__file__, str(home), *words]
+    return subprocess.run(code, capture_output=True, text=True, env=env, timeout=120)
+
+
+def test_told_to_leave(home: Path) -> None:
+    """SIGTERM in a step: a checkpoint after it, code 75, and the next process ends as if nothing was."""
+    whole = training(str(home), name="whole")[0]
+    left = process(home, "8")  # the second micro-batch of step 3
+    assert left.returncode == 75, left.stderr
+    assert "told to stop after step 3" in left.stderr and "start it again" in left.stderr
+    assert [p.name for p in (home / "told").glob("step-*")] != []
+    again = process(home)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == whole
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_read_the_same_rows(strategy: str, home: Path) -> None:
+    """The losses of one process, and a checkpoint of two goes on in one."""
+    alone = training(str(home), name="alone", dropout=False, micro_batch=1)[0]
+    options = {"folder": str(home), "strategy": strategy, "name": strategy, "dropout": False, "micro_batch": 2}
+    target = f"{fitting.__file__}:ranks"
+    both = launch(target, nproc=2, arguments=options, folder=home / "launch", restarts=0, echo=None).value
+    assert both == pytest.approx(alone, abs=1e-5)
+    saved = home / strategy / "step-00000006"
+    assert saved.is_dir()
+    for later in (home / strategy).glob("step-00000008"):
+        later.rename(home / "later")
+    torch.manual_seed(0)
+    assert ranks(folder=str(home), name=strategy, dropout=False, micro_batch=2) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_job_is_told_to_leave(tmp_path: Path) -> None:
+    """SIGTERM to `llmkit run train_model`: code 75, and the same command then ends as if nothing was."""
+    given = ["-p", "steps", "120", "-p", "sft_steps", "4", "-p", "checkpoint_every", "7", "-p", "precision", "fp32"]
+    words = command("run", "train_model", "--out", "run", *given)
+    env = os.environ | {"COLUMNS": "200"}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(words, cwd=tmp_path, env=env, **pipes)
+    while not any(tmp_path.glob("run/checkpoints/pretrain/step-*")):
+        assert first.poll() is None, first.stderr.read() if first.stderr else ""
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 75, error
+    assert "told to stop after pretraining step" in error
+    again = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    words[words.index("run", words.index("--out"))] = "whole"
+    whole = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert whole.returncode == 0, whole.stderr
+    cards = [json.loads((tmp_path / name / "model/llmkit.json").read_text()) for name in ("run", "whole")]
+    assert cards[0]["metrics"] == cards[1]["metrics"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.soak)])
+def test_train_model_on_two_processes(strategy: str, tmp_path: Path) -> None:
+    """`llmkit train --nproc 2` writes the model that one process writes, up to rounding."""
+    given = ["-p", "steps", "6", "-p", "sft_steps", "3", "-p", "precision", "fp32", "-p"]
+    data = ["data", str(tmp_path / "one/data")]
+    if strategy.startswith("zero"):
+        given = ["-p", "optimizer", "adamw", "-p", "lr", "0.003", *given]
+    env = os.environ | {"COLUMNS": "200"}
+    for words in (
+        ["--out", "one", *given[:-1]],
+        ["--out", "two", "--nproc", "2", "--strategy", strategy, *given, *data],
+    ):
+        done = subprocess.run(
+            command("train", *words), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stderr
+    cards = [json.loads((tmp_path / name / "model/llmkit.json").read_text())["metrics"] for name in ("one", "two")]
+    assert cards[1] == pytest.approx(cards[0], abs=1e-4)
+    assert not (tmp_path / "two/checkpoints").exists()
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(w, weights[1][name], atol=2e-2) for name, w in weights[0].items())
