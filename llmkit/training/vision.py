@@ -71,7 +71,7 @@ class VisionJob(VisionShape):
 
     @classmethod
     def digits(cls, **over: Any) -> Self:
-        "Some minutes on two cores; what it learns is measured in evaluation/02c_vision."
+        "Six minutes on two busy cores; what it learns is measured in evaluation/02c_vision."
         shape = VisionShape.digits().to_dict()
         return cls(
             **(shape | {"train_pictures": 20_000, "look": 1800, "steps": 1500, "pictures": 16, "warmup": 50} | over)
