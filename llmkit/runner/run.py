@@ -97,7 +97,7 @@ def asked(pids: list[int], timer: threading.Timer) -> bool:
     listening = [pid for pid in pids if listens(pid)]
     for pid in listening:
         os.kill(pid, signal.SIGTERM)
-    if listening and not timer.is_alive():
+    if listening and timer.ident is None:  # it can be started once
         timer.start()
     return bool(listening)
 
@@ -169,6 +169,8 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
+        if timer.ident is not None:  # of what it was told
+            raise KeyboardInterrupt("SIGTERM") from e
         hint = f"out of memory, or killed from outside; see {executed.parent / 'kernel.log'}"
         raise RunError(f"the kernel of {notebook.stem} died", hint) from e
     finally:

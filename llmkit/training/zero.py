@@ -281,6 +281,9 @@ def build_alone(strategy: Any) -> None:
         return
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+    # Compiling may outlast the timeout of the strategy's group, which a barrier with a longer one does not lift.
+    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=10))
     if place("LOCAL_RANK") == 0:
         ShareMemCommBuilder().load(verbose=False)
-    torch.distributed.monitored_barrier(timeout=timedelta(minutes=10))  # compiling may outlast the group's timeout
+    torch.distributed.barrier(patient)
+    torch.distributed.destroy_process_group(patient)
