@@ -66,14 +66,13 @@ def compare(
     b: Annotated[str, typer.Argument(help="Run folder of evaluate_model: the model in question.")],
 ) -> None:
     "Compare two evaluated models: what is better, by how much, and what could be chance."
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     from llmkit.evaluation.compare import compare_runs, difference_rows
 
     rows = difference_rows(compare_runs(a, b))
-    table = Table(box=box.SIMPLE, header_style="", pad_edge=False)
+    table = Table(box=None, header_style="", padding=(0, 1), pad_edge=False)
     for name, value in rows[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right", no_wrap=True)
     for row in rows:

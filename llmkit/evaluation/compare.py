@@ -176,14 +176,14 @@ def plot_differences(
     names: tuple[str, str] = ("A", "B"),
 ) -> Any:
     "A matplotlib figure of the intervals of all differences; filled where something is proven."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
-    figure = Figure(figsize=(6, 0.9 + 0.35 * len(found)), layout="constrained")
-    axis = figure.subplots()
+    found = [d for d in found if not math.isnan(d.low)]
+    figure, axis = plt.subplots(figsize=(6, 0.9 + 0.35 * len(found)), layout="constrained")
     for y, d in enumerate(reversed(found)):
         width, sign = d.high - d.low, -1 if d.better == "lower" else 1
         unit = width / 3.92 if width > 0 else 1.0
-        ends, proven = sorted(sign * x / unit for x in (d.low, d.high)), d.verdict != "not proven"
+        ends, proven = sorted(sign * x / unit for x in (d.low, d.high)), d.verdict.endswith("better")
         axis.plot(ends, [y, y], color="C0", lw=2)
         axis.plot(sign * d.difference / unit, y, "o", color="C0", mfc="C0" if proven else "white", ms=7)
         axis.annotate(f"{d.difference:+.3g}", (ends[1], y), (6, 0), textcoords="offset points", va="center", fontsize=8)
