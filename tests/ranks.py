@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from llmkit.models.factory import ModelConfig, build
-from llmkit.training.distributed import Objective, bare, digest, make_strategy
+from llmkit.training.distributed import Objective, digest, make_strategy
 
 ROWS, LENGTH = 8, 16  # of a global batch
 SHORT = {"timeout": 10.0}
