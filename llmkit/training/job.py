@@ -87,7 +87,6 @@ class TrainJob(Pretraining):
     strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"  # how processes share the work
     nproc: Annotated[int, Ge(1)] = 1  # processes on each node, one per GPU
     nnodes: Annotated[int, Ge(1)] = 1  # nodes, each of which runs this job
-    meet: str = ""  # folder that all nodes see, for their checkpoints; several nodes need one
 
     def validate(self) -> None:
         "One process is strategy single, several are one of the others."
@@ -97,8 +96,6 @@ class TrainJob(Pretraining):
                 "strategy",
                 "must be ddp, fsdp, zero1, zero2 or zero3" if processes > 1 else "must be single in one process",
             )
-        if (self.nnodes > 1) != bool(self.meet):
-            self.fail("meet", "must be a folder that all nodes see" if self.nnodes > 1 else "is for several nodes")
         if self.strategy.startswith("zero") and self.optimizer == "muon" and self.steps:
             self.fail("optimizer", "must be adamw under ZeRO, which cannot cut Muon's matrices; lr is then AdamW's")
 

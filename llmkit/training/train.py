@@ -5,21 +5,20 @@
 # %% ../../nbs/training/03a_train.ipynb #5b48c5ad
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..core.card import ModelCard
-from ..core.errors import ConfigError, Preempted
+from ..core.errors import ConfigError, Preempted, RunError
 from ..data.prepare import PrepareJob, prepare
 from ..data.prepared import Prepared
 from ..models.factory import count, save_model
 from .distributed import make_strategy, place
-from .heard import listening, tell
 from .job import TrainJob
 from .launch import StoppedError, launch
 from .loop import read_gathered
@@ -99,32 +98,37 @@ def train_here(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path | N
     last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
     base = ModelCard.load(job.base).revision if job.base else ""
     card = ModelCard(base_model=base, data=account(job, prepared, count(model)), metrics=last)
-    if place("LOCAL_RANK") == 0:  # each node keeps the model
+    if place("RANK") == 0:
         save_model(model.cpu().eval(), prepared.tokenizer, folder, card)
     return Trained(folder, losses, tuned, card)
 
 # %% ../../nbs/training/03a_train.ipynb #c99fac9b
-def train_rank(job: dict[str, Any], data: str, folder: str, checkpoints: str, heard: str) -> list[list[float]]:
+def train_rank(job: dict[str, Any], data: str, folder: str, checkpoints: str) -> list[list[float]]:
     "What one of several processes runs; the losses of both phases."
-    write = partial(tell, Path(heard))
+
+    def write(values: dict[str, float], step: int) -> None:
+        with open(Path(checkpoints) / "heard.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps([values, step]) + "\n")
+
     trained = train_here(TrainJob.from_dict(job), Prepared(data), Path(folder), Path(checkpoints), write)
     return [trained.pretrain, trained.finetune]
 
 # %% ../../nbs/training/03a_train.ipynb #46cf1b18
 def train_many(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path, log: Log | None) -> Trained:
     "Train in `nproc` x `nnodes` processes."
-    shared, heard = Path(job.meet) / "phases" if job.meet else checkpoints, checkpoints / "heard.jsonl"
-    places = {"data": Path(prepared.folder), "folder": folder, "checkpoints": shared, "heard": heard}
-    arguments = {"job": job.to_dict()} | {name: str(path.resolve()) for name, path in places.items()}
+    arguments = {"job": job.to_dict(), "data": str(Path(prepared.folder).resolve())}
+    arguments |= {"folder": str(folder.resolve()), "checkpoints": str(checkpoints.resolve())}
     target, home = "llmkit.training.train:train_rank", checkpoints / "launch"
     home.mkdir(parents=True, exist_ok=True)
     try:
-        with listening(heard, log):
-            value = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
+        value = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
     except StoppedError as e:
         raise Preempted(e.message, e.hint) from e
-    if job.meet:
-        shutil.rmtree(shared, ignore_errors=True)  # whichever node comes first: all ranks have ended
+    if value is None:
+        raise RunError("this node is not the first: the model is written there", "look at the first node's run")
+    heard = checkpoints / "heard.jsonl"
+    for line in heard.read_text(encoding="utf-8").splitlines() if log and heard.exists() else []:
+        log(*json.loads(line))  # type: ignore[misc]
     return Trained(folder, value[0], value[1], ModelCard.load(folder))
 
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
