@@ -5,8 +5,10 @@
 # %% ../../nbs/benchmarks/16_course.ipynb #841290aa
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from .samples import Samples
 # %% auto #0
 __all__ = ['STEPS_S', 'MEMORY', 'PLAIN', 'TRL', 'LOSSES', 'RESUMED', 'KILLED', 'RAISED', 'CUT', 'PLANNED', 'FAST', 'EXACT', 'RUN',
            'Course', 'time_sft', 'compare_losses', 'resume_all', 'kill_ranks', 'misconfigure', 'cut_node', 'check_plan',
-           'chosen']
+           'chosen', 'unheard']
 
 # %% ../../nbs/benchmarks/16_course.ipynb #82602cb3
 STEPS_S, MEMORY = "SFT, steps", "SFT, peak memory"
@@ -176,3 +178,13 @@ def chosen(course: Course) -> list[Callable[[Course], None]]:
     for part in RUN.keys() - set(wanted):
         course.reasons |= dict.fromkeys(owns[part], f"{part} is not among the parts of this run")
     return [RUN[part] for part in RUN if part in wanted]
+
+# %% ../../nbs/benchmarks/16_course.ipynb #91b4aa5b
+@contextmanager
+def unheard() -> Iterator[None]:
+    "Within it no training shows its progress."
+    path = os.environ.pop("LLMKIT_PROGRESS", None)
+    try:
+        yield
+    finally:
+        os.environ |= {"LLMKIT_PROGRESS": path} if path else {}

@@ -173,7 +173,12 @@ def measure(who: str, task: Path, threads: int = 1) -> dict[str, Any]:
     "Run one contestant in a new process: steps a second, most bytes in memory, losses."
     code = "from llmkit.benchmarks.sft import main; main()"
     paths = [p or os.getcwd() for p in sys.path if p == "" or Path(p).is_dir()]
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {
+        "LLMKIT_PROGRESS": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     env = os.environ | quiet | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run([sys.executable, "-c", code, who, str(task)], env=env, capture_output=True, text=True)
     if done.returncode:
