@@ -113,6 +113,18 @@ def resumable(name: str, home: str, deaths: list[list[int]], steps: int = 8) -> 
     return losses
 
 
+def many_groups(n: int) -> int:
+    """Join a group, train two steps with compressed gradients, leave it; `n` times."""
+    for i in range(n):
+        strategy = make_strategy("ddp", device="cpu", compression=("powersgd", "fp16")[i % 2], timeout=20.0)
+        objective, optimizer = strategy.prepare(Objective(net(), loss_of), adam)
+        for step in range(4):
+            strategy.backward(objective(batch(step, strategy.rank, strategy.world)), objective)
+            strategy.step(objective, optimizer, 1.0)
+        strategy.close()
+    return n
+
+
 def absent() -> None:
     """Rank 1 does not come."""
     if os.environ["RANK"] == "1":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import kills, misconfigured, nodes, planned, ranks, resumed, sft
-from .job import AMOUNTS, Amount, TrainingBench, separated
+from .job import AMOUNTS, METHODS, Amount, TrainingBench, separated
 from .ratios import Bar
 from .round import in_turn
 from .samples import Samples
@@ -42,7 +42,7 @@ FAST = (
 )
 EXACT = (
     *(Bar(f"{LOSSES}{name}", "", 1e-6, lower=True) for name in ("ddp", "fsdp", "zero2", "zero3")),
-    *(Bar(f"{RESUMED}{method}", "", 1.0) for method in resumed.METHODS),
+    *(Bar(f"{RESUMED}{method}", "", 1.0) for method in METHODS),
     Bar(KILLED, "", 1.0),
     Bar(RAISED, "", 1.0),
     Bar(CUT, "", 1e-6, lower=True),
@@ -103,12 +103,12 @@ def compare_losses(course: Course) -> None:
 def resume_all(course: Course) -> None:
     "Every method killed and continued; trl's checkpoints beside ours where it has the method."
     rows = []
-    for method in resumed.METHODS:
+    for method in course.amount.methods:
         with course.part(f"{RESUMED}{method}"):
             mine = resumed.cases_of(method, course.amount.cases, course.place(f"resume-{method}"))
             course.add(0, f"{RESUMED}{method}", "llmkit", resumed.share(mine), "of all", f"{len(mine)} cases")
             rows += mine
-            if method in resumed.BY_TRL:
+            if method in course.amount.theirs:
                 there = course.place(f"resume-trl-{method}")
                 theirs = resumed.cases_of(method, course.amount.cases, there, exact=False)
                 course.add(0, f"{RESUMED}{method}", "trl", resumed.share(theirs), "of all", f"{len(theirs)} cases")
@@ -173,7 +173,7 @@ def chosen(course: Course) -> list[Callable[[Course], None]]:
         "sft": (STEPS_S, MEMORY),
         "parity": tuple(b.what for b in EXACT if b.what.startswith(LOSSES) and b.what != CUT),
     }
-    owns |= {"resume": tuple(f"{RESUMED}{m}" for m in resumed.METHODS), "kills": (KILLED,), "misconfigured": (RAISED,)}
+    owns |= {"resume": tuple(f"{RESUMED}{m}" for m in METHODS), "kills": (KILLED,), "misconfigured": (RAISED,)}
     owns |= {"nodes": (CUT,), "memory": (PLANNED,)}
     for part in RUN.keys() - set(wanted):
         course.reasons |= dict.fromkeys(owns[part], f"{part} is not among the parts of this run")

@@ -14,7 +14,8 @@ from annotated_types import Ge, Gt
 from ..core.config import Config, nearest
 
 # %% auto #0
-__all__ = ['PEERS', 'WORK', 'PARTS', 'CASES', 'AMOUNTS', 'separated', 'ServingBench', 'Work', 'TrainingBench', 'Amount']
+__all__ = ['PEERS', 'WORK', 'PARTS', 'CASES', 'METHODS', 'GROUPS', 'AMOUNTS', 'separated', 'ServingBench', 'Work',
+           'TrainingBench', 'Amount']
 
 # %% ../../nbs/benchmarks/00_job.ipynb #bda385c4
 PEERS = ("llama.cpp", "transformers", "litserve", "vllm", "openvino")
@@ -97,7 +98,7 @@ class TrainingBench(Config):
 
     out: str = ""  # run folder; empty for a temporary one
     size: Literal["tiny", "full"] = "tiny"  # how many cases of everything; the models are tiny in both
-    parts: str = ",".join(PARTS)  # commas between them
+    parts: str = "sft,resume,misconfigured,memory"  # commas between them; tiny leaves the slowest out
     rounds: Annotated[int, Ge(1)] = 1  # of the timed part, in which all contestants take turns
     threads: Annotated[int, Ge(1)] = 1  # of every process
     seed: int = 0
@@ -109,13 +110,13 @@ class TrainingBench(Config):
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:
-        "A minute: one case or two of everything."
+        "A minute: the quicker parts, one case or two of each."
         return cls(**over)
 
     @classmethod
     def full(cls, **over: Any) -> Self:
         "The README's table: three rounds, every case."
-        values: dict[str, Any] = {"size": "full", "rounds": 3}
+        values: dict[str, Any] = {"size": "full", "parts": ",".join(PARTS), "rounds": 3}
         return cls(**(values | over))
 
 # %% ../../nbs/benchmarks/00_job.ipynb #945372dd
@@ -125,6 +126,8 @@ class Amount:
 
     steps: int  # of the timed fine-tuning
     strategies: tuple[tuple[str, ...], ...]  # those in one tuple share their processes
+    methods: tuple[str, ...]  # that are killed and resumed
+    theirs: tuple[str, ...]  # the same with trl's own checkpoints; it has no PPO
     cases: tuple[tuple[int, int], ...]  # the step after which a run is killed, and the steps between checkpoints
     deaths: int  # ranks that are killed, one a run
     deadly: tuple[str, ...]  # the strategies of these runs, in turn
@@ -133,7 +136,9 @@ class Amount:
 
 # %% ../../nbs/benchmarks/00_job.ipynb #2c55ff00
 CASES = (*((kill, 1) for kill in range(1, 12)), (5, 3), (7, 2), (11, 3))
+METHODS = ("SFT", "LoRA", "DPO", "GRPO", "PPO")
+GROUPS = (("ddp", "fsdp"), ("zero2", "zero3"))
 AMOUNTS = {
-    "tiny": Amount(20, (("ddp", "fsdp"),), ((6, 6),), 1, ("ddp",), 3.0, 4),
-    "full": Amount(200, (("ddp", "fsdp"), ("zero2", "zero3")), CASES, 20, ("ddp", "fsdp", "zero2"), 8.0, 0),
+    "tiny": Amount(20, GROUPS[:1], ("SFT", "LoRA", "PPO"), (), ((5, 3),), 1, ("ddp",), 3.0, 4),
+    "full": Amount(200, GROUPS, METHODS, METHODS[:-1], CASES, 20, ("ddp", "fsdp", "zero2"), 8.0, 0),
 }

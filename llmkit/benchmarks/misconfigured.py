@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def refusals() -> dict[str, str]:
 
 # %% ../../nbs/benchmarks/13_misconfigured.ipynb #82009b95
 ALONE: dict[str, Case] = {
-    **{f"{n} alone": (lambda n=n: joined(n), "was started alone") for n in ("ddp", "fsdp", "zero2", "zero3")},
+    **{f"{n} alone": (partial(joined, n), "was started alone") for n in ("ddp", "fsdp", "zero2", "zero3")},
     "a strategy that does not exist": (lambda: joined("fsdp3"), "did you mean 'fsdp'?"),
     "an option that does not exist": (lambda: make_strategy("single", device="cpu", shards=2), "does not take shards"),
     "a compression that does not exist": (lambda: joined("ddp", compression="topk"), "there is no compression"),

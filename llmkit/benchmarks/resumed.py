@@ -23,13 +23,10 @@ from ..training.recipe import Recipe
 from ..training.stream import Batch, ByStep
 
 # %% auto #0
-__all__ = ['FITTED', 'METHODS', 'BY_TRL', 'Ended', 'Run', 'model_for', 'our_run', 'trl_run', 'fitted_case', 'fitted_cases',
-           'cases_of', 'share']
+__all__ = ['FITTED', 'Ended', 'Run', 'model_for', 'our_run', 'trl_run', 'fitted_case', 'fitted_cases', 'cases_of', 'share']
 
 # %% ../../nbs/benchmarks/14_resumed.ipynb #82a1af9d
-FITTED = ("SFT", "LoRA")  # on the loop; the others of METHODS are small_run's
-METHODS = (*FITTED, "DPO", "GRPO", "PPO")
-BY_TRL = (*FITTED, "DPO", "GRPO")  # it has no PPO
+FITTED = ("SFT", "LoRA")  # on the loop; the others are small_run's
 
 # %% ../../nbs/benchmarks/14_resumed.ipynb #d7840c27
 def model_for(method: str, task: dict[str, Any]) -> tuple[Any, Any]:
