@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,3 +129,33 @@ def test_train_model_on_two_processes(strategy: str, tmp_path: Path) -> None:
     weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.allclose(w, weights[1][name], atol=2e-2) for name, w in weights[0].items())
+
+
+@pytest.mark.soak
+def test_train_model_on_two_nodes(tmp_path: Path) -> None:
+    """`llmkit train --nnodes 2` on each of two nodes: both end well, and leave the model that one process writes."""
+    given = ["-p", "steps", "6", "-p", "sft_steps", "3", "-p", "precision", "fp32"]
+    env = os.environ | {"COLUMNS": "200"}
+    one = subprocess.run(
+        command("train", "--out", "one", *given), cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250
+    )
+    assert one.returncode == 0, one.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = ["--nnodes", "2", *given, "-p", "data", str(tmp_path / "one/data"), "-p", "shared", str(tmp_path / "two")]
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    nodes = [
+        subprocess.Popen(command("train", "--out", f"node{n}", *words), env=env | {"NODE_RANK": str(n)}, **pipes)
+        for n in (0, 1)
+    ]
+    errors = [p.communicate(timeout=250)[1] for p in nodes]
+    assert [p.returncode for p in nodes] == [0, 0], errors
+    cards = [json.loads((tmp_path / name / "model/llmkit.json").read_text())["metrics"] for name in ("one", "two")]
+    assert cards[1] == pytest.approx(cards[0], abs=1e-4)
+    weights = [load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two")]
+    assert all(torch.allclose(w, weights[1][name], atol=2e-2) for name, w in weights[0].items())
+    for n in (0, 1):
+        heard = [json.loads(line) for line in (tmp_path / f"node{n}/metrics.jsonl").read_text().splitlines()]
+        assert any("tokens_per_s" in line for line in heard), n
+    assert not (tmp_path / "two/checkpoints").exists()
