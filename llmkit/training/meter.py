@@ -33,7 +33,9 @@ def flops_per_token(model: Any, length: int) -> float:
     needed = 0.0
     for p in model.parameters():
         if p.ndim > 1 and id(p) not in tables:
-            needed += p.numel() * (6 if p.requires_grad else 4) * (share if p.ndim == 3 else 1)
+            packed = getattr(p, "quant_state", None)  # of a weight in four bits, two in a byte
+            size = packed.shape.numel() if packed else p.numel()
+            needed += size * (6 if p.requires_grad else 4) * (share if p.ndim == 3 else 1)
     layers, width = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
     return needed + 12 * layers * width * length
 
