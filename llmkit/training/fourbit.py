@@ -5,6 +5,7 @@
 # %% ../../nbs/training/03b_fourbit.ipynb #24b2f1ca
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ..core.errors import ConfigError, require
 
 BLOCK, BLOCKS = 64, 256  # weights that share a scale, and scales that share one
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # whoever imports it, and peft does, is told what it lacks
 
 # %% auto #0
 __all__ = ['BLOCK', 'BLOCKS', 'linear_layers', 'check_plain', 'quantized', 'dequantized', 'replace', 'quantize', 'fourbit_bytes',
@@ -43,6 +45,7 @@ def quantized(layer: nn.Linear, kind: str, double: bool) -> Any:
     made = bnb.nn.Linear4bit(*shape, compute_dtype=weight.dtype, **how, device="meta")
     made.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, **how, module=made).to(weight.device)
     made.bias = layer.bias
+    made.support_avx512bf16_for_cpu = False  # see below
     return made.train(layer.training)
 
 # %% ../../nbs/training/03b_fourbit.ipynb #792af6cb
