@@ -15,7 +15,7 @@ import torch
 from ..core.config import nearest
 from ..core.errors import ConfigError
 from .adapter import WORDS, Adapter
-from .fourbit import linear_layers, quantize
+from .fourbit import check_plain, linear_layers, quantize
 from .recipe import causal_loss, next_token_loss
 
 # %% auto #0
@@ -41,7 +41,9 @@ class Targets:
 def unknown(model: Any, what: str, known: Iterable[str]) -> ConfigError:
     "The error to raise for a name that the model has not."
     leaves = {name.rpartition(".")[2] for name in known}
-    return ConfigError(f"{type(model).__name__} has no layer {what!r} that can be adapted", nearest(what, leaves))
+    return ConfigError(
+        f"{type(model).__name__} has no layer {what!r} that can be adapted", nearest(what, leaves | set(WORDS))
+    )
 
 # %% ../../nbs/training/03c_adapted.ipynb #776ab04e
 def named_layers(model: Any, adapter: Adapter) -> list[str]:
@@ -99,6 +101,8 @@ def find_targets(model: Any, adapter: Adapter) -> Targets:
     "What of `model` the adapter changes; `ConfigError` for a name or word that it has not."
     if adapter.method == "prompt":
         return Targets()
+    if adapter.method == "qlora":
+        check_plain(model)
     names, linear = named_layers(model, adapter), linear_layers(model)
     layers = {n: (m.in_features, m.out_features) for n, m in linear.items() if ends(n, names)}
     stacks = expert_stacks(model) if "experts" in (adapter.targets or ()) else {}

@@ -102,9 +102,9 @@ def frozen_bytes(model: Any, adapter: Adapter, size: int) -> int:
     "Bytes of the model's own weights, `size` each where they are not quantized."
     if adapter.method != "qlora":
         return sum(p.numel() for p in model.parameters()) * size
-    packed = {id(m.weight): m.weight.numel() for m in linear_layers(model).values()}
+    packed = {id(m.weight): (m.in_features, m.out_features) for m in linear_layers(model).values()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in packed)
-    return rest * size + sum(fourbit_bytes(n, bool(adapter.double)) for n in packed.values())
+    return rest * size + sum(fourbit_bytes(*shape, bool(adapter.double)) for shape in packed.values())
 
 # %% ../../nbs/training/03d_adapter_memory.ipynb #dd8fb588
 def tensor_count(adapter: Adapter, model: Any, found: Targets) -> int:

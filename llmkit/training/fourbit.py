@@ -13,12 +13,19 @@ from torch import nn
 
 from ..core.errors import ConfigError, require
 
-BLOCK, BLOCKS = 64, 256  # weights that share a scale, and scales that share one
+BLOCKS = 256  # scales that share a scale
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # whoever imports it, and peft does, is told what it lacks
 
 # %% auto #0
-__all__ = ['BLOCK', 'BLOCKS', 'linear_layers', 'check_plain', 'quantized', 'dequantized', 'replace', 'quantize', 'fourbit_bytes',
-           'held_bytes', 'constants']
+__all__ = ['BLOCKS', 'block_size', 'linear_layers', 'check_plain', 'quantized', 'dequantized', 'replace', 'quantize',
+           'fourbit_bytes', 'held_bytes', 'constants']
+
+# %% ../../nbs/training/03b_fourbit.ipynb #ce5d237f
+def block_size(inputs: int) -> int:
+    "Weights that share a scale in a layer of so many inputs."
+    if inputs % 32:
+        raise ConfigError(f"a layer of {inputs} inputs cannot be quantized", "it takes a multiple of 32; take lora")
+    return 32 if inputs % 64 else 64
 
 # %% ../../nbs/training/03b_fourbit.ipynb #029d26d7
 def linear_layers(model: Any) -> dict[str, Any]:
@@ -35,15 +42,20 @@ def check_plain(model: Any) -> None:
         raise ConfigError(message, "take lora on its attention, which leaves them as they are")
     if any(hasattr(m.weight, "quant_state") for m in linear_layers(model).values()):
         raise ConfigError("the model is quantized already", "load it in 16 or 32 bits")
+    for layer in linear_layers(model).values():
+        block_size(layer.in_features)
 
 # %% ../../nbs/training/03b_fourbit.ipynb #8d8af562
 def quantized(layer: nn.Linear, kind: str, double: bool) -> Any:
     "The layer in four bits."
     bnb, weight = require("bitsandbytes", "train"), layer.weight
     how = {"compress_statistics": double, "quant_type": kind}
+    block = block_size(layer.in_features)
     shape = (layer.in_features, layer.out_features, layer.bias is not None)
     made = bnb.nn.Linear4bit(*shape, compute_dtype=weight.dtype, **how, device="meta")
-    made.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, **how, module=made).to(weight.device)
+    made.weight = bnb.nn.Params4bit(weight.data, requires_grad=False, blocksize=block, **how, module=made).to(
+        weight.device
+    )
     made.bias = layer.bias
     made.support_avx512bf16_for_cpu = False  # see below
     return made.train(layer.training)
@@ -81,11 +93,13 @@ def quantize(
 
 # %% ../../nbs/training/03b_fourbit.ipynb #f526c8a2
 def fourbit_bytes(
-    weights: int,  # of one layer
+    inputs: int,
+    outputs: int,
     double: bool = True,
 ) -> int:
-    "Bytes of a layer of so many weights in four bits, with the constants of its blocks."
-    blocks = -(-weights // BLOCK)
+    "Bytes of a layer in four bits, with the constants of its blocks."
+    weights = inputs * outputs
+    blocks = weights // block_size(inputs)
     table = 16 * 4  # the sixteen values
     scales = blocks + -(-blocks // BLOCKS) * 4 + 256 * 4 + 4 if double else blocks * 4
     return -(-weights // 2) + table + scales

@@ -28,9 +28,13 @@ from .recipe import causal_loss
 from .stream import ByStep
 from .train import train
 
-MATRICES = (3e-3, 1e-2, 3e-2)
-RATES = {"full": (3e-4, 1e-3, 3e-3), **dict.fromkeys(LORA, MATRICES), "ia3": (3e-2, 1e-1, 3e-1)}
-RATES["prompt"] = RATES["ia3"]
+MATRICES = (1e-3, 3e-3, 1e-2)
+RATES = {
+    "full": (3e-4, 1e-3, 3e-3),
+    **dict.fromkeys(LORA, MATRICES),
+    "ia3": (3e-2, 1e-1, 3e-1),
+    "prompt": (1e-1, 3e-1, 1.0),
+}
 
 # %% auto #0
 __all__ = ['MATRICES', 'RATES', 'Comparison', 'base_model', 'held_out', 'tuning_job', 'tuned', 'tune', 'compare', 'plot_methods']
