@@ -16,6 +16,7 @@ from torch import nn
 from llmkit.core.errors import LLMKitError
 from llmkit.models.factory import ModelConfig, build
 from llmkit.training.distributed import Objective, bare, digest, make_strategy
+from llmkit.training.optim import make_adamw
 
 ROWS, LENGTH = 8, 16  # of a global batch
 SHORT = {"timeout": 10.0}
@@ -33,7 +34,8 @@ def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def adam(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=0.003, betas=(0.9, 0.95))
+    """Two groups: weight decay on matrices."""
+    return make_adamw(model, 0.003, weight_decay=0.1)
 
 
 def batch(step: int, rank: int = 0, world: int = 1) -> torch.Tensor:

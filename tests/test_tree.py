@@ -240,6 +240,20 @@ def test_jobs_keep_no_outputs() -> None:
     assert not kept
 
 
+MACHINE = re.compile(r"/(?:tmp|root|home|work|check)/\w|real_accelerator")  # a path of one machine, a line with a date
+
+
+def test_outputs_hold_no_errors_and_nothing_of_a_machine() -> None:
+    found = []
+    for path in sorted(NBS.rglob("*.ipynb")):
+        for output in (o for cell in cells(path) for o in cell.get("outputs", [])):
+            pictures = {k: v for k, v in output.get("data", {}).items() if k.startswith("image/")}
+            text = json.dumps(output | {"data": {k: v for k, v in output.get("data", {}).items() if k not in pictures}})
+            if output["output_type"] == "error" or MACHINE.search(text):
+                found.append((name(path), text[:200]))
+    assert not found
+
+
 def pins(path: str = "requirements.txt") -> dict[str, str]:
     """The lock, or another file of pins: version by normalized name."""
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()

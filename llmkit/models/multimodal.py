@@ -159,6 +159,8 @@ def build_vision(
         places = model.model.multi_modal_projector.image_position_embed
         for table in (places.row_embeddings, places.column_embeddings):
             torch.nn.init.normal_(table.weight)  # as loud as what the encoder sees there
+        for embed in model.model.vision_tower.convs:  # a black patch would be 0, which the norm after it divides by
+            torch.nn.init.normal_(embed.conv.bias, std=0.5)
     ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
     for name, value in (ids | {"forced_eos_token_id": None}).items():
         setattr(model.generation_config, name, value)

@@ -100,6 +100,11 @@ def saved_layers(model: Any, names: list[str]) -> dict[str, int]:
 def find_targets(model: Any, adapter: Adapter) -> Targets:
     "What of `model` the adapter changes; `ConfigError` for a name or word that it has not."
     if adapter.method == "prompt":
+        if any(p.ndim == 3 for p in model.parameters()):
+            message = (
+                f"{type(model).__name__} routes tokens to experts, and a prompt is none of the tokens they balance"
+            )
+            raise ConfigError(message, "take lora")
         return Targets()
     if adapter.method == "qlora":
         check_plain(model)

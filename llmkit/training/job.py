@@ -68,7 +68,7 @@ class Pretraining(Shape):
     mix: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of instruction rows in the late batches
     mix_from: Annotated[float, Interval(ge=0, le=1)] = 0.5  # where they begin, as a share of the steps
 
-# %% ../../nbs/training/00_job.ipynb #db0b4abe
+# %% ../../nbs/training/00_job.ipynb #44216ddb
 @dataclass(kw_only=True)
 class FineTuning(Pretraining):
     "A run's fine-tuning."
@@ -115,10 +115,11 @@ class TrainJob(FineTuning):
     keep: Annotated[int, Ge(1)] = 2  # checkpoints of a phase that are kept
     strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"  # how processes share the work
     nproc: Annotated[int, Ge(1)] = 1  # processes on each node, one per GPU
-    nnodes: Annotated[int, Ge(1)] = 1  # nodes, each of which runs this job
+    nnodes: Annotated[int, Ge(1)] = 1  # nodes, each of which runs this job with an `out` of its own
+    shared: str = ""  # folder that all nodes see, for checkpoints and the model; empty takes `out`
 
     def validate(self) -> None:
-        "One process is strategy single, several are one of the others."
+        "One process is strategy single, several are one of the others; several nodes meet in a folder."
         self.check_adapter(self.strategy)
         processes = self.nproc * self.nnodes
         if (self.strategy == "single") != (processes == 1):
@@ -126,6 +127,8 @@ class TrainJob(FineTuning):
                 "strategy",
                 "must be ddp, fsdp, zero1, zero2 or zero3" if processes > 1 else "must be single in one process",
             )
+        if self.nnodes > 1 and not self.shared:
+            self.fail("shared", "must name a folder that all nodes see")
         if self.strategy.startswith("zero") and self.optimizer == "muon" and self.steps:
             self.fail("optimizer", "must be adamw under ZeRO, which cannot cut Muon's matrices; lr is then AdamW's")
 

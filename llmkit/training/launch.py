@@ -27,7 +27,7 @@ from .worker import resolve
 
 # %% auto #0
 __all__ = ['StoppedError', 'Launched', 'target_of', 'check_nodes', 'meeting', 'environment', 'accelerator', 'passed_on',
-           'failures_of', 'cause', 'raised', 'launch', 'watch', 'ended']
+           'failures_of', 'cause', 'raised', 'launch', 'watch', 'ended', 'first_value']
 
 # %% ../../nbs/training/02i_launch.ipynb #f412ecb0
 class StoppedError(RunError):
@@ -38,7 +38,7 @@ class StoppedError(RunError):
 # %% ../../nbs/training/02i_launch.ipynb #7fcbb163
 @dataclass(frozen=True)
 class Launched:
-    "How a launch ended: what rank 0 returned (None on other nodes), and every failure that a restart mended."
+    "How a launch ended: what this node's first rank returned, and every failure that a restart mended."
 
     value: Any
     failures: list[dict[str, Any]]
@@ -203,6 +203,13 @@ def ended(spec: dict[str, Any], code: int, got: list[int], home: Path) -> Launch
         raise raised(failures, home)
     if code:
         raise RunError(f"the launcher's own process ended with {code}", f"the ranks' output is in {home / 'logs'}")
-    found = sorted(home.glob("reports/*/rank-0.json"), key=lambda p: p.stat().st_mtime)
-    value = json.loads(found[-1].read_text(encoding="utf-8")).get("value") if found else None
-    return Launched(value, failures, home)
+    return Launched(first_value(home), failures, home)
+
+# %% ../../nbs/training/02i_launch.ipynb #51cd978d
+def first_value(home: Path) -> Any:
+    "What the first rank of this node returned in the last round."
+    last = max(home.glob("reports/*/rank-*.json"), key=lambda p: p.stat().st_mtime, default=None)
+    if last is None:
+        return None
+    first = min(last.parent.glob("rank-*.json"), key=lambda p: int(p.stem.removeprefix("rank-")))
+    return json.loads(first.read_text(encoding="utf-8")).get("value")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigError, Preempted, RunError
+from ..models.moe import RouterStats
 from .distributed import Single, bare, digest, listed
 from .meter import Meter, flops_per_token, measured_peak
 from .optim import set_rate
@@ -26,7 +27,7 @@ from .stream import Batch, Batches
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'lost', 'Step', 'checked_step', 'Training', 'fit', 'meter_for', 'state_for', 'write_gathered',
+__all__ = ['logger', 'lost', 'Step', 'checked_step', 'balanced', 'Training', 'fit', 'meter_for', 'state_for', 'write_gathered',
            'read_gathered']
 
 # %% ../../nbs/training/01d_loop.ipynb #4584c1b8
@@ -58,6 +59,18 @@ def checked_step(net: Any, optimizer: Any, batch: Batch, recipe: Recipe, strateg
         raise RunError(f"the loss is {loss}")
     return Step(loss, norm, asked > 0, own)
 
+# %% ../../nbs/training/01d_loop.ipynb #0a569350
+def balanced(loss: Callable[..., torch.Tensor], stats: RouterStats, padding: int | None) -> Callable[..., torch.Tensor]:
+    "`loss` and the balance loss of the routers that `stats` watches, over tokens that are not `padding`."
+    if not stats.handles:
+        return loss
+
+    def both(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+        stats.keep = None if padding is None else inputs["ids"][:, :-1] != padding
+        return loss(model, **inputs) + stats.penalty()
+
+    return both
+
 # %% ../../nbs/training/01d_loop.ipynb #31ce12e9
 @dataclass
 class Training:
@@ -71,6 +84,7 @@ class Training:
     state: State | None
     point: Point
     meter: Meter
+    routers: RouterStats
     what: str
 
     def step(self, step: int) -> bool:
@@ -84,8 +98,14 @@ class Training:
         if step == self.meter.first:
             logger.info("%s", self.strategy.verify(self.net, done.own))
         self.point.losses.append(done.loss)
-        self.meter.update(step + 1, batch.tokens(), loss=done.loss, norm=done.norm, rate=self.recipe.rate(step))
+        numbers = {"loss": done.loss, "norm": done.norm, "rate": self.recipe.rate(step)}
+        self.meter.update(step + 1, batch.tokens(), self.routing(step + 1), **numbers)
         return done.told
+
+    def routing(self, done: int) -> dict[str, float]:
+        "What the routers did since the last time, over all ranks, when somebody will be told."
+        due = self.routers.handles and self.meter.due(done)
+        return self.routers.read(everywhere=True).metrics() if due else {}
 
     def save(self, done: int) -> None:
         "A checkpoint after `done` steps."
@@ -114,13 +134,16 @@ def fit(
         stack.enter_context(made_ready(model, recipe, strategy.device))
         if state:
             stack.enter_context(state.held(strategy.rank))
+        routers = RouterStats().observe(model)
+        stack.callback(routers.close)
+        loss = balanced(loss, routers, getattr(model.config, "pad_token_id", None))
         net, optimizer = strategy.prepare(objective_for(model, loss, recipe), lambda m: optimizers_for(recipe, m))
         derive_random(recipe.seed, 0, strategy.rank)
         point = state.load(net, optimizer, strategy) if state else Point()
         batches.seek(point.cursor)
         meter = meter_for(model, recipe, strategy, point.done, what, log)
         stack.callback(meter.close)
-        run = Training(net, optimizer, batches, recipe, strategy, state, point, meter, what)
+        run = Training(net, optimizer, batches, recipe, strategy, state, point, meter, routers, what)
         for step in range(point.done, recipe.steps):
             asked = run.step(step)
             if asked or (state and state.due(step + 1, recipe.steps)):

@@ -110,14 +110,18 @@ class Meter:
         self.flops, self.peak = cost() if self.wanted else (0.0, 0.0)
         self.start = time.perf_counter()
 
-    def update(self, done: int, tokens: int, **values: float) -> None:
-        "After a step: how many are done, how many tokens it read, and its numbers (loss, norm, rate)."
+    def due(self, done: int) -> bool:
+        "Whether the log is told after `done` steps; the same on every rank."
+        return done % self.every == 0 or done in (1, self.steps)
+
+    def update(self, done: int, tokens: int, more: dict[str, float] | None = None, **values: float) -> None:
+        "After a step: how many are done, how many tokens it read, its numbers (loss, norm, rate), `more` for the log."
         self.tokens += tokens
         if not self.wanted:
             return
-        numbers = values | speed(self, done)
+        numbers = values | (more or {}) | speed(self, done)
         self.progress.update(done, **values, **spoken(numbers))
-        if done % self.every == 0 or done in (1, self.steps):
+        if self.due(done):
             if self.log:
                 self.log(numbers, done)
             if self.board:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.card import ModelCard
-from ..core.errors import ConfigError, Preempted, RunError
+from ..core.errors import ConfigError, Preempted
 from ..data.prepare import PrepareJob, prepare
 from ..data.prepared import Prepared
 from ..models.factory import count, save_model
 from .distributed import make_strategy, place
 from .job import TrainJob
-from .launch import StoppedError, launch
+from .launch import StoppedError, launch, meeting
 from .loop import read_gathered
 from .merged import export_adapter, merge
 from .optim import resolve_precision
@@ -29,7 +30,7 @@ from .pretrain import pretrain, start
 
 # %% auto #0
 __all__ = ['Log', 'Save', 'Trained', 'account', 'named', 'joined', 'beside', 'card_for', 'phases', 'train_here', 'train_rank',
-           'train_many', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
+           'tell_lines', 'followed', 'train_many', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
 
 # %% ../../nbs/training/03a_train.ipynb #41824b06
 @dataclass
@@ -76,12 +77,12 @@ def joined(job: TrainJob) -> Iterator[Any]:
     yield strategy
     strategy.close()  # not after a failure: it waits for the other ranks, which would hide what happened
 
-# %% ../../nbs/training/03a_train.ipynb #21185643
+# %% ../../nbs/training/03a_train.ipynb #162e6071
 def beside(job: TrainJob, folder: Path) -> Path | None:
     "Where the adapter is written; None if it is merged into the model."
     return folder.with_name("adapter") if job.write == "adapter" else None
 
-# %% ../../nbs/training/03a_train.ipynb #cd45fec3
+# %% ../../nbs/training/03a_train.ipynb #0c7feed4
 def card_for(job: TrainJob, prepared: Any, parameters: int, losses: list[float], tuned: list[float]) -> ModelCard:
     "The card of what a job trained."
     last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
@@ -92,7 +93,7 @@ def card_for(job: TrainJob, prepared: Any, parameters: int, losses: list[float],
 # %% ../../nbs/training/03a_train.ipynb #ef64f818
 Save = Callable[[Any, list[float], list[float]], Any]  # a plain model and the losses of both phases
 
-# %% ../../nbs/training/03a_train.ipynb #70e40967
+# %% ../../nbs/training/03a_train.ipynb #f70407c9
 def phases(
     job: TrainJob,
     prepared: Any,
@@ -145,23 +146,54 @@ def train_rank(job: dict[str, Any], data: str, folder: str, checkpoints: str) ->
     trained = train_here(TrainJob.from_dict(job), Prepared(data), Path(folder), Path(checkpoints), write)
     return [trained.pretrain, trained.finetune]
 
+# %% ../../nbs/training/03a_train.ipynb #fa5f7586
+def tell_lines(path: Path, log: Log, start: int = 0) -> int:
+    "Give `log` the whole lines of `path` from byte `start` on; the byte after the last of them."
+    if not path.exists():
+        return start
+    with open(path, "rb") as f:
+        f.seek(start)
+        new = f.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        log(*json.loads(line))
+    return start + len(whole)
+
+# %% ../../nbs/training/03a_train.ipynb #c85953e4
+@contextmanager
+def followed(path: Path, log: Log | None, every: float = 0.5) -> Iterator[None]:
+    "Within it `log` gets what other processes write to `path`, at most `every` seconds late."
+    if log is None:
+        yield
+        return
+    ended, place = threading.Event(), [0]
+
+    def follow() -> None:
+        while not ended.wait(every):
+            place[0] = tell_lines(path, log, place[0])
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        tell_lines(path, log, place[0])
+
 # %% ../../nbs/training/03a_train.ipynb #46cf1b18
 def train_many(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path, log: Log | None) -> Trained:
-    "Train in `nproc` x `nnodes` processes."
+    "Train in `nproc` x `nnodes` processes; every node that does so sees the model folder."
     arguments = {"job": job.to_dict(), "data": str(Path(prepared.folder).resolve())}
     arguments |= {"folder": str(folder.resolve()), "checkpoints": str(checkpoints.resolve())}
     target, home = "llmkit.training.train:train_rank", checkpoints / "launch"
     home.mkdir(parents=True, exist_ok=True)
     try:
-        value = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
+        with followed(checkpoints / "heard.jsonl", log):
+            losses = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
     except StoppedError as e:
         raise Preempted(e.message, e.hint) from e
-    if value is None:
-        raise RunError("this node is not the first: the model is written there", "look at the first node's run")
-    heard = checkpoints / "heard.jsonl"
-    for line in heard.read_text(encoding="utf-8").splitlines() if log and heard.exists() else []:
-        log(*json.loads(line))  # type: ignore[misc]
-    return Trained(folder, value[0], value[1], ModelCard.load(folder), beside(job, folder))
+    return Trained(folder, *losses, ModelCard.load(folder), adapter=beside(job, folder))
 
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
 def train(
@@ -179,7 +211,7 @@ def train(
         raise ConfigError(f"strategy {job.strategy} needs a folder for checkpoints", "it is where processes meet")
     else:
         trained = train_many(job, prepared, Path(folder), home, log)
-    if home:
+    if home and meeting(job.nnodes, None, "")[0] == 0:
         shutil.rmtree(home, ignore_errors=True)  # the model folder has what matters
     return trained
 

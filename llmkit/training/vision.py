@@ -40,7 +40,7 @@ from .optim import make_optimizers, resolve_precision, set_rate, wsd
 
 # %% auto #0
 __all__ = ['EASY', 'VisionJob', 'present', 'batch_at', 'labels_of', 'own_pictures', 'job_key', 'save_progress', 'load_progress',
-           'Looking', 'one_step', 'rate', 'steps_from', 'TrainedVision', 'train_vision']
+           'Looking', 'one_step', 'rate', 'optimizers_of', 'steps_from', 'TrainedVision', 'train_vision']
 
 # %% ../../nbs/training/11_vision.ipynb #d249d18e
 @dataclass(kw_only=True)
@@ -52,11 +52,14 @@ class VisionJob(VisionShape):
     look: Annotated[int, Ge(0)] = 10  # steps of looking alone, before those that write
     steps: Annotated[int, Ge(1)] = 30  # of writing
     pictures: Annotated[int, Ge(1)] = 4  # in a step; each is asked all four tasks
-    lr: Annotated[float, Gt(0)] = 0.01  # Muon's, for the hidden matrices
-    table_lr: Annotated[float, Gt(0)] = 2e-3  # AdamW's, for everything else
+    lr: Annotated[float, Gt(0)] = 0.01  # Muon's, for the hidden matrices of the text model
+    table_lr: Annotated[float, Gt(0)] = 2e-3  # AdamW's, for the rest of it
+    eye_rate: Annotated[float, Gt(0)] = 0.4  # of the image encoder's rates to the text model's
     warmup: Annotated[int, Ge(0)] = 5  # steps
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.5  # share of the steps in which the rates fall to zero
-    ease: Annotated[float, Interval(ge=0, le=1)] = 0.4  # share of the steps after which all pictures take part
+    ease: Annotated[float, Interval(ge=0, le=1)] = (
+        0.6  # share of looking before more than the easiest pictures take part
+    )
     clip: Annotated[float, Gt(0)] = 1.0  # norm of the gradient, at most
     seed: int = 0
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 writes none
@@ -68,10 +71,10 @@ class VisionJob(VisionShape):
 
     @classmethod
     def digits(cls, **over: Any) -> Self:
-        "Some minutes on two cores; what it learns is measured in evaluation/02c_vision."
+        "Six minutes on two busy cores; what it learns is measured in evaluation/02c_vision."
         shape = VisionShape.digits().to_dict()
         return cls(
-            **(shape | {"train_pictures": 20_000, "look": 1000, "steps": 1500, "pictures": 16, "warmup": 50} | over)
+            **(shape | {"train_pictures": 20_000, "look": 1800, "steps": 1500, "pictures": 16, "warmup": 50} | over)
         )
 
     def shape(self) -> VisionShape:
@@ -99,7 +102,7 @@ def batch_at(
 ) -> dict[str, torch.Tensor]:
     "The batch of a step: random pictures, each with all tasks, about a random region where a task needs one."
     rng = np.random.default_rng([job.seed, step])
-    share = (step + 1) / max(1.0, job.ease * (job.look + job.steps))
+    share = (step + 1 - job.ease * job.look) / max(1.0, (1 - job.ease) * job.look)
     known = math.ceil(len(pictures) * min(1.0, max(EASY, share)))
     chosen = [pictures[i] for i in rng.integers(known, size=job.pictures)]
     groups = [[example(p, task, int(rng.integers(len(p.regions)))) for task in TASKS] for p in chosen]
@@ -213,6 +216,14 @@ def rate(step: int, job: VisionJob) -> float:
         return wsd(step, job.look, job.warmup, job.decay)
     return wsd(step - job.look, job.steps, job.warmup, job.decay)
 
+# %% ../../nbs/training/11_vision.ipynb #7474bf1d
+def optimizers_of(learner: Looking, job: VisionJob) -> list[torch.optim.Optimizer]:
+    "Muon and AdamW for the image encoder with its head, and for the text model: the eye learns at smaller rates."
+    inner = learner.model.model
+    eye = torch.nn.ModuleList([inner.vision_tower, inner.multi_modal_projector, learner.head])
+    rates = [(eye, job.eye_rate), (inner.language_model, 1.0)]
+    return [o for part, share in rates for o in make_optimizers(part, job.lr * share, job.table_lr * share)]
+
 # %% ../../nbs/training/11_vision.ipynb #54c934cd
 def steps_from(
     job: VisionJob,
@@ -224,7 +235,7 @@ def steps_from(
     "Train from the last checkpoint to the end; the losses so far, at once where there are some and after every step."
     labels, precision, total = labels_of(pictures), resolve_precision(), job.look + job.steps
     learner = Looking(model, len(labels))
-    optimizers, key = make_optimizers(learner, job.lr, job.table_lr), job_key(job, pictures)
+    optimizers, key = optimizers_of(learner, job), job_key(job, pictures)
     if losses := load_progress(checkpoint, key, learner, optimizers):
         yield losses
     for step in range(len(losses), total):

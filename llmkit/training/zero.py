@@ -24,8 +24,9 @@ from .group import Many, gather, proved
 from .portable import check_fit, facts_of, kept, put_settings, read_into, save_portable, settings_of
 
 # %% auto #0
-__all__ = ['ELEMENTWISE', 'settings', 'check_optimizer', 'whole_weight', 'flats', 'zero_tensors', 'put_weight', 'own_part',
-           'put_state', 'Scale', 'Parted', 'Zero', 'Partitioned', 'parts', 'Zero1', 'Zero2', 'Zero3', 'build_alone']
+__all__ = ['ELEMENTWISE', 'settings', 'check_optimizer', 'whole_weight', 'flats', 'link_states', 'zero_tensors', 'put_weight',
+           'own_part', 'put_state', 'Scale', 'Parted', 'Zero', 'Partitioned', 'parts', 'Zero1', 'Zero2', 'Zero3',
+           'build_alone']
 
 # %% ../../nbs/training/02f_zero.ipynb #d08c350a
 def settings(stage: int, precision: str) -> dict[str, Any]:
@@ -66,6 +67,13 @@ def flats(optimizer: Any) -> list[torch.Tensor]:
     parts = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     return list(optimizer.single_partition_of_fp32_groups if parts is None else parts)
 
+# %% ../../nbs/training/02f_zero.ipynb #4f5eace6
+def link_states(optimizer: Any) -> None:
+    "Let every parameter of stages 1 and 2 find its part of the optimizer's state, in all groups."
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
 # %% ../../nbs/training/02f_zero.ipynb #4e0ca696
 def zero_tensors(engine: Any) -> dict[str, torch.Tensor]:
     "Everything that a checkpoint holds, whole, on the processor, under the model's own names."
@@ -73,6 +81,8 @@ def zero_tensors(engine: Any) -> dict[str, torch.Tensor]:
 
     model, base = bare(engine), engine.optimizer.optimizer
     state = base.state.get(flats(engine.optimizer)[0], {})
+    if state:
+        link_states(engine.optimizer)
     found = {f"model/{n}": b.detach().cpu() for n, b in kept(model) if not isinstance(b, nn.Parameter)}
     for name, p in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         found[f"model/{name}"] = whole_weight(p).cpu()
@@ -118,9 +128,8 @@ def put_state(engine: Any, values: dict[str, torch.Tensor]) -> None:
         base.state[flat] = {
             k: torch.zeros_like(flat, requires_grad=False) if d else scalars[k] for k, d in shapes.items()
         }
-    if names and hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+    if names:
+        link_states(optimizer)
     parameters = dict(bare(engine).named_parameters())
     for name in (n for n in names if values[n].ndim):
         p, key = parameters[name.removeprefix("optimizer/").rpartition("/")[0]], name.rpartition("/")[2]
