@@ -193,7 +193,7 @@ def train_many(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path, lo
             losses = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
     except StoppedError as e:
         raise Preempted(e.message, e.hint) from e
-    return Trained(folder, *losses, ModelCard.load(folder), adapter=beside(job, folder))
+    return Trained(folder, losses[0], losses[1], ModelCard.load(folder), beside(job, folder))
 
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
 def train(
