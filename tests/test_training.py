@@ -20,7 +20,13 @@ from conftest import command
 from fitting import KINDS, KilledError, ranks, training, write_data
 from safetensors.torch import load_file
 
+from llmkit.core.errors import ModelError
+from llmkit.core.tiny import tiny_tokenizer
+from llmkit.data.dataset import Dataset
+from llmkit.training.batches import Packed
 from llmkit.training.launch import launch
+from llmkit.training.loop import fit, state_for
+from llmkit.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -82,6 +88,40 @@ def test_two_processes_read_the_same_rows(strategy: str, home: Path) -> None:
         later.rename(home / "later")
     torch.manual_seed(0)
     assert ranks(folder=str(home), name=strategy, dropout=False, micro_batch=2) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_checkpoint_of_an_adapter_holds_what_is_trained(home: Path) -> None:
+    """Names of the adapter and its optimizer alone, a fraction of the model's bytes; another base is refused."""
+    net = training(str(home), "dora", "run")[1]
+    newest = max((home / "run").glob("step-*"))
+    names = json.loads((newest / "weights/portable.json").read_text())["tensors"]
+    trained = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert {n.removeprefix("model/") for n in names if n.startswith("model/")} == trained
+    assert {n.split("/")[1] for n in names if n.startswith("optimizer/")} == trained
+    assert len(trained) < len(list(net.parameters()))
+    with torch.no_grad():
+        frozen = next(p for p in net.parameters() if not p.requires_grad)
+        frozen += 1
+    recipe = Recipe(**({"steps": 8, "batch_size": 6, "length": 64, "warmup": 2, "seed": 3} | KINDS["dora"]))
+    batches = Packed(Dataset(home / "pairs.jsonl"), tiny_tokenizer(), recipe, window=10)
+    with pytest.raises(ModelError, match="are of another run: frozen was"):
+        fit(net, batches, recipe, state=state_for(home / "run", net, batches, recipe))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_adapters_on_two_processes(strategy: str, home: Path) -> None:
+    """The losses of one process, and a checkpoint of two goes on in one."""
+    kinds = ["dora", "ia3", *(["qlora"] if strategy == "ddp" else ["pissa"])]
+    options = {"folder": str(home), "dropout": False, "micro_batch": 2, "precision": "fp32"}
+    target = f"{fitting.__file__}:several"
+    both = launch(target, 2, arguments=options | {"strategy": strategy, "kinds": kinds}, folder=home / "launch").value
+    for kind in kinds:
+        alone = training(name=f"alone-{kind}", kind=kind, **options)[0]
+        assert both[kind] == pytest.approx(alone, abs=2e-5), kind
+        assert (home / f"{strategy}-{kind}/step-00000006").is_dir()
+        (home / f"{strategy}-{kind}/step-00000008").rename(home / f"later-{kind}")
+        again = training(name=f"{strategy}-{kind}", kind=kind, **options)[0]
+        assert again == pytest.approx(alone, abs=2e-5), kind
 
 
 def test_a_job_is_told_to_leave(tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ def zero_tensors(engine: Any) -> dict[str, torch.Tensor]:
     if state:
         link_states(engine.optimizer)
     found = {f"model/{n}": b.detach().cpu() for n, b in kept(model) if not isinstance(b, nn.Parameter)}
-    for name, p in model.named_parameters():
+    for name, p in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         found[f"model/{name}"] = whole_weight(p).cpu()
-        for key, value in state.items() if p.requires_grad else ():
+        for key, value in state.items():
             full = safe_get_full_optimizer_state(p, key).view(found[f"model/{name}"].shape) if value.ndim else value
             found[f"optimizer/{name}/{key}"] = full.detach().cpu().clone()
     return found
