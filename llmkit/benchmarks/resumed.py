@@ -14,11 +14,13 @@ import torch
 
 from .sft import make_task, trl_settings, trl_trainer
 from ..models.factory import load_model
+from ..training.adapted import add_adapter
+from ..training.adapter import Adapter
 from ..training.distributed import digest
 from ..training.exact import train_with, trainer_class
 from ..training.killed import PER_ROLLOUT, STEPS, Killed, killer, resume_case, small_run
 from ..training.loop import fit, state_for
-from ..training.peft import add_lora, pad
+from ..training.peft import pad
 from ..training.recipe import Recipe
 from ..training.stream import Batch, ByStep
 
@@ -34,7 +36,7 @@ def model_for(method: str, task: dict[str, Any]) -> tuple[Any, Any]:
     model = load_model(task["model"])[0].train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
-    return (add_lora(model, rank=4, alpha=8) if method == "LoRA" else model), model
+    return (add_adapter(model, Adapter(rank=4, alpha=8.0)).wrapped if method == "LoRA" else model), model
 
 # %% ../../nbs/benchmarks/14_resumed.ipynb #1daefd55
 Ended = tuple[list[Any], str]  # the numbers of every step, and a fingerprint of the weights
