@@ -111,15 +111,13 @@ def table_row(samples: Sequence[Sample], bar: Bar, reasons: dict[str, str]) -> d
 # %% ../../nbs/benchmarks/06_ratios.ipynb #fc73b4fc
 def comparison(samples: Sequence[Sample], reasons: dict[str, str], bars: Sequence[Bar] = BARS) -> list[dict[str, Any]]:
     "The rows of the bars, and after them what was measured without one."
-    asked, mine = {(bar.what, bar.peer): bar for bar in bars}, {s.what for s in samples if s.who == "llmkit"}
+    asked, mine = {(bar.what, bar.peer) for bar in bars}, {s.what for s in samples if s.who == "llmkit"}
     theirs = [(s.what, FASTER if s.who.startswith(FASTER) else s.who) for s in samples if s.who != "llmkit"]
     others = {pair: Bar(*pair, math.nan) for pair in theirs if pair[0] in mine}
     alone = mine - {what for what, _ in [*asked, *others]}
     others |= {(what, ""): Bar(what, "", math.nan) for what in sorted(alone)}
-    return [
-        table_row(samples, bar, reasons)
-        for bar in (asked | {k: v for k, v in others.items() if k not in asked}).values()
-    ]
+    more = [bar for pair, bar in others.items() if pair not in asked]
+    return [table_row(samples, bar, reasons) for bar in [*bars, *more]]
 
 # %% ../../nbs/benchmarks/06_ratios.ipynb #54277875
 def margin(row: dict[str, Any], lower: bool) -> float:
