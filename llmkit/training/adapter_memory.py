@@ -17,10 +17,11 @@ from ..models.footprint import Setup, activation_bytes
 from .adapted import Adapted, Targets, ends, find_targets
 from .adapter import Adapter
 from .fourbit import constants, fourbit_bytes, held_bytes, linear_layers
+from .job import TrainJob
 
 # %% auto #0
 __all__ = ['layer_size', 'sizes_by_name', 'Row', 'gets', 'rows_of', 'Need', 'frozen_bytes', 'tensor_count', 'memory_needed',
-           'memory_held']
+           'memory_held', 'needed_by', 'told']
 
 # %% ../../nbs/training/03d_adapter_memory.ipynb #8032dc72
 def layer_size(adapter: Adapter, name: str, inputs: int, outputs: int) -> int:
@@ -150,3 +151,21 @@ def memory_held(
     grads = held_bytes(p.grad for p in trained.values() if p.grad is not None)
     size = sum(p.numel() for p in trained.values())
     return Need([], count, size, held_bytes([*tensors, *four]), grads, held_bytes(states))
+
+# %% ../../nbs/training/03d_adapter_memory.ipynb #22d29404
+def needed_by(job: TrainJob, vocab_size: int) -> Need:
+    "What the fine-tuning of a job will take, apart from activations."
+    if not job.base:
+        return memory_needed(ModelConfig(vocab_size=vocab_size, **job.shape()), job.tuned())
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return memory_needed(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.base)), job.tuned())
+
+# %% ../../nbs/training/03d_adapter_memory.ipynb #8e10bb4d
+def told(need: Need) -> str:
+    "A need in a sentence."
+    parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
+    parts["a checkpoint"] = need.checkpoint
+    sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items())
+    return f"{need.trained:,} numbers are trained beside {need.parameters:,}; {sizes}; activations come on top"
