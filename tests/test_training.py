@@ -108,7 +108,10 @@ def test_a_checkpoint_of_an_adapter_holds_what_is_trained(home: Path) -> None:
         fit(net, batches, recipe, state=state_for(home / "run", net, batches, recipe))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+ZEROS = [pytest.param(name, marks=pytest.mark.soak) for name in ("zero2", "zero3")]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *ZEROS])
 def test_adapters_on_two_processes(strategy: str, home: Path) -> None:
     """The losses of one process, and a checkpoint of two goes on in one."""
     kinds = ["dora", "ia3", *(["qlora"] if strategy == "ddp" else ["pissa"])]
