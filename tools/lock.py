@@ -11,8 +11,9 @@ from pathlib import Path
 HEADER = """\
 # The lock: one environment that holds the whole product, exact versions, made by `make lock`.
 # Install with `make install`, or `pip install -r requirements.txt && pip install --no-deps -e .`
-# torch is the CPU or the CUDA build, as the index has it. onnxruntime-gpu never belongs beside onnxruntime: the two
-# overwrite each other's files. For a GPU, replace the one by the other (extra `gpu`).
+# torch is the CPU or the CUDA build, as the index has it; triton is the version that the CUDA build asks for.
+# onnxruntime-gpu never belongs beside onnxruntime: the two overwrite each other's files. For a GPU, replace the one by
+# the other (extra `gpu`).
 """
 
 
