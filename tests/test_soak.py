@@ -167,9 +167,11 @@ def soak(load: Load, folder: dict, seconds: float, prefix: str) -> None:
         work = [pool.submit(client, load, SEED * 1000 + i, prefix) for i in range(CLIENTS)]
         work.append(pool.submit(administrator, load, folder, SEED))
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not any(w.done() for w in work):
-            time.sleep(0.1)
-        load.stop.set()
+        try:
+            while time.monotonic() < until and not any(w.done() for w in work):
+                time.sleep(0.1)
+        finally:  # also of a test that ran out of time: leaving the pool waits for its threads
+            load.stop.set()
     for w in work:
         w.result()
 
@@ -227,6 +229,7 @@ def drains(load: Load) -> None:
     assert (code, [load.sent[a["user"]] for a in asked]) == (0, ["200"] * len(asked))
 
 
+@pytest.mark.timeout(2 * SOAK_S + 300)
 def test_soak(folder, tmp_path):
     log = tmp_path / "requests.db"
     kw = {"engine": "torch", "slots": 4, "threads": 1, "queue": 3, "kv_gb": 0.00012}  # memory for half of the slots
