@@ -91,12 +91,11 @@ def events(lines) -> list[dict]:
 
 
 def ask(load: Load, http: httpx.Client, asked: dict) -> None:
-    "Send a request and read the reply to its end."
+    "Send a request and read the reply to its end; httpx's iter_lines would break a line in a text that has a U+0085."
     with http.stream("POST", "/completions", json=asked) as reply:
         revision = reply.headers.get("x-llmkit-revision", "")
-        found = (
-            events(reply.iter_lines()) if asked["stream"] and reply.status_code == 200 else [json.loads(reply.read())]
-        )
+        body = reply.read().decode()
+    found = events(body.split("\n")) if asked["stream"] and reply.status_code == 200 else [json.loads(body)]
     error = next((x["error"] for x in found if "error" in x), {})
     tokens = [t for x in found for c in x.get("choices", ()) for t in c["token_ids"]]
     load.check(asked, 503 if error and reply.status_code == 200 else reply.status_code, revision, tokens, error)
