@@ -16,9 +16,9 @@ from typing import Any, Literal
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['SHAPES', 'ROLES', 'CODE_ENDINGS', 'ENDINGS', 'SKIPPED', 'PACKAGE_BYTES', 'Document', 'read_text', 'check_order',
-           'check_messages', 'row_document', 'parse_line', 'read_jsonl', 'list_files', 'read_files', 'python_files',
-           'packages', 'all_python', 'python_sources']
+__all__ = ['SHAPES', 'ROLES', 'CODE_ENDINGS', 'ENDINGS', 'SKIPPED', 'PACKAGE_BYTES', 'LATER', 'Document', 'read_text',
+           'check_order', 'check_messages', 'row_document', 'parse_line', 'read_jsonl', 'list_files', 'read_files',
+           'python_files', 'packages', 'all_python', 'python_sources']
 
 # %% ../../nbs/data/01_sources.ipynb #b8955080
 @dataclass
@@ -148,6 +148,7 @@ def read_files(
 # %% ../../nbs/data/01_sources.ipynb #a13bad30
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "_vendor", "node_modules"}
 PACKAGE_BYTES = 250_000  # at most this much of one package
+LATER = {"absl", "bitsandbytes", "chardet", "dataproperty", "evaluate", "lm_eval", "mbstrdecoder"}  # of extras
 
 # %% ../../nbs/data/01_sources.ipynb #56cd13e3
 def python_files(root: Path, prefix: str) -> Iterator[Document]:
@@ -166,7 +167,7 @@ def packages(site: Path) -> list[Path]:
     if not site.is_dir():
         return []
     tops = (p for p in site.iterdir() if p.is_dir() and p.name.isidentifier() and not p.name.startswith("_"))
-    return sorted((p for p in tops if p.name not in SKIPPED), key=lambda p: (p.name.lower(), p.name))
+    return sorted((p for p in tops if p.name not in SKIPPED | LATER), key=lambda p: (p.name.lower(), p.name))
 
 # %% ../../nbs/data/01_sources.ipynb #98fda7f6
 def all_python() -> Iterator[Document]:
