@@ -86,7 +86,7 @@ demo: $(INSTALLED) ## Open a chat over the model of the last quickstart (RUN=FOL
 bench: bench-serving bench-training ## Run the benchmarks beside their peers, each into a new folder in runs/bench/ (ARGS="-p NAME VALUE...")
 
 bench-serving: ARGS = -p size S -p rounds 3 -p peers llama.cpp,transformers,litserve,vllm,openvino
-bench-training: ARGS = -p size full -p rounds 3
+bench-training: ARGS = -p size full -p rounds 3 -p parts sft,parity,resume,kills,misconfigured,nodes,memory
 bench-serving bench-training: bench-%: $(INSTALLED)
 	@$(BIN)/llmkit run nbs/benchmarks/$*.ipynb --out runs/bench/$*-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 

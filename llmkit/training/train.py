@@ -85,8 +85,8 @@ def beside(job: TrainJob, folder: Path) -> Path | None:
 # %% ../../nbs/training/03a_train.ipynb #0c7feed4
 def card_for(job: TrainJob, prepared: Any, parameters: int, losses: list[float], tuned: list[float]) -> ModelCard:
     "The card of what a job trained."
-    last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
-    last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
+    both = {"train_loss": losses, "sft_loss": tuned}
+    last = {name: sum(values[-20:]) / len(values[-20:]) for name, values in both.items() if values}
     base = ModelCard.load(job.base).revision if job.base else ""
     return ModelCard(base_model=base, data=account(job, prepared, parameters), metrics=last)
 
