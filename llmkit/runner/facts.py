@@ -51,7 +51,7 @@ def git(folder: Path, *words: str) -> str | None:
 
 # %% ../../nbs/runner/01a_facts.ipynb #609cebcf
 def git_facts(folder: str | Path) -> dict[str, Any] | None:
-    "Revision of the repository around `folder`, whether its tree is dirty, and up to 20 changed files; None without one."
+    "The revision of the code in `folder`, whether its tree is dirty, and up to 20 changed files; None without git."
     if sent := os.environ.get("LLMKIT_GIT"):
         return json.loads(sent)
     revision = git(Path(folder), "rev-parse", "HEAD")
