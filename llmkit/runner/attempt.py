@@ -55,6 +55,7 @@ def book(
     values = params if runs else check(job, params)
     entry = None if out else enrol(job.stem)
     folder = entry.folder if entry and entry.folder else Path(out).resolve()
+    vacant(folder)  # says who it is; below, it must still hold
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         vacant(folder)

@@ -107,6 +107,7 @@ def copy(source: Path, target: Path) -> Path:
 # %% ../../nbs/runner/04d_here.ipynb #88c8a966
 def resume(folder: Path) -> str:
     "Start the run in `folder` again in the background, with the parameters that it had, and return its id."
+    vacant(folder)  # says who it is; below, it must still hold
     with locked(folder):
         vacant(folder)
         status, job = read_status(folder), read_json(folder / "job.json")
