@@ -87,6 +87,8 @@ def stop(folder: Path, patience: float = GRACE + 10) -> None:
             with suppress(ProcessLookupError):
                 os.kill(now.pid, signal.SIGKILL)
         time.sleep(0.05)
+    while status and status.pid != os.getpid() and alive(status) and time.monotonic() < end:
+        time.sleep(0.02)  # it has said so, and is on its way out
     with suppress(RunError), locked(folder):  # held: somebody has started it again meanwhile
         end_leftover(folder)
 
