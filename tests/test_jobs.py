@@ -115,8 +115,9 @@ def test_the_terminal_goes_away(llmkit: Callable[..., Done], tmp_path: Path, tic
     shell.wait()
     count = (tmp_path / "run/done").read_text()
     until(lambda: (tmp_path / "run/done").read_text() not in ("", count))
-    assert "[1/1] ticks: finished" in llmkit("jobs", "logs", "-f", "run").out
-    assert row(llmkit, "run")["state"] == "finished" and mine(tmp_path) == []
+    assert llmkit("jobs", "logs", "-f", "run").out.splitlines()[-1].endswith(" finished")
+    assert row(llmkit, "run")["state"] == "finished"
+    until(lambda: mine(tmp_path) == [])
 
 
 def test_kill_9_of_the_launcher(llmkit: Callable[..., Done], tmp_path: Path, ticks: Path) -> None:
@@ -145,7 +146,7 @@ def test_kill_9_of_the_kernel(llmkit: Callable[..., Done], tmp_path: Path, ticks
     until(lambda: ticking(folder))
     os.kill(json.loads((folder / ".kernel.json").read_text())["pid"], signal.SIGKILL)
     refused(llmkit("jobs", "logs", "-f"), f"{id} is failed: the kernel of ticks died")
-    assert mine(tmp_path) == []
+    until(lambda: mine(tmp_path) == [])
 
 
 @pytest.mark.parametrize("front", [True, False], ids=["foreground", "background"])
@@ -165,6 +166,12 @@ def test_cancel_and_resume(llmkit: Callable[..., Done], tmp_path: Path, ticks: P
     assert mine(tmp_path) == []
     refused(llmkit("jobs", "cancel", id), "it is cancelled")
     assert llmkit("jobs", "resume", id).code == 0
+    words = command("jobs", "logs", "-f", id)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    follower = subprocess.Popen(words, **pipes)
+    assert id in follower.stdout.readline()
+    follower.send_signal(signal.SIGINT)
+    assert follower.communicate(timeout=30)[1] == f"{id} goes on; follow it with: llmkit jobs logs -f {id}\n"
     assert row(llmkit)["state"] == "running"
     assert llmkit("jobs", "cancel", id).code == 0
 

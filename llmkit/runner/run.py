@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ..core import errors
-from ..core.errors import LLMKitError, RunError
+from ..core.errors import DataError, LLMKitError, RunError
 from ..core.run import Run, locked, read_json, write_json
 from .facts import write_facts
 from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'execute', 'placed', 'claim', 'account', 'execute_job', 'run_job']
+           'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -202,6 +202,14 @@ def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
             raise RunError(f"{folder} was made {what}", hint)
     write_json(path, {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd(), "params": params})
 
+# %% ../../nbs/runner/02_run.ipynb #ee1b9d0b
+def reopen(executed: Path) -> None:
+    "Take the end out of an executed notebook that was interrupted."
+    with suppress(DataError):  # not there yet, or half of it: that has no end
+        book = read_json(executed)
+        book["metadata"].setdefault("papermill", {})["end_time"] = None
+        write_json(executed, book)
+
 # %% ../../nbs/runner/02_run.ipynb #dde245a7
 def account(
     folder: Path,
@@ -225,7 +233,11 @@ def execute_job(folder: Path, env: dict[str, str] | None = None) -> dict[str, An
     end_leftover(folder)
     progress.unlink(missing_ok=True)
     write_facts(folder, notebook.parent)
-    execute(notebook, folder / notebook.name, job["params"], {"LLMKIT_PROGRESS": str(progress)} | (env or {}))
+    try:
+        execute(notebook, folder / notebook.name, job["params"], {"LLMKIT_PROGRESS": str(progress)} | (env or {}))
+    except KeyboardInterrupt:
+        reopen(folder / notebook.name)
+        raise
     return account(folder, notebook.stem, job["params"], started)
 
 # %% ../../nbs/runner/02_run.ipynb #bcaf8daa
