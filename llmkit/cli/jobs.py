@@ -22,19 +22,27 @@ One = Annotated[str, typer.Argument(help="The job's id, or the beginning of it."
 On = Annotated[str, typer.Option(help="Where: here or azureml; where the id is known, without it.")]
 
 # %% auto #0
-__all__ = ['app', 'Id', 'One', 'On', 'located', 'default', 'list_jobs', 'show', 'logs', 'cancel', 'fetch', 'resume']
+__all__ = ['app', 'Id', 'One', 'On', 'newest', 'located', 'default', 'elsewhere', 'list_jobs', 'show', 'logs', 'cancel', 'fetch',
+           'resume']
 
 # %% ../../nbs/cli/06_jobs.ipynb #253af246
-def located(id: str, on: str) -> tuple[Any, str]:
-    "The place of a job and its full id; the newest job's for an empty `id`."
-    from llmkit.runner.index import entries, find
+def newest(on: str) -> str:
+    "The id of the newest job; `on` a place, or of all that are known here."
+    from llmkit.runner.index import entries
 
-    if on and not id:
-        id = next((row.id for row in place_named(on).list(1)), "")
-    elif not id:
-        id = next((entry.id for entry in entries()), "")
+    rows = place_named(on).list(1) if on else entries()
+    id = next((row.id for row in rows), "")
     if not id:
         raise RunError("there is no job yet", "start one with: llmkit run JOB --background")
+    return id
+
+# %% ../../nbs/cli/06_jobs.ipynb #f6ab5567
+def located(id: str, on: str = "") -> tuple[Any, str]:
+    "The place of a job, and its full id."
+    from llmkit.runner.index import find
+
+    if not id:
+        raise RunError("'' is no id", "llmkit jobs lists the runs")  # of an unset variable in a script, maybe
     if on or (Path(id) / "status.json").exists():
         return place_named(on or "here"), id
     name, slash, run = id.partition("/")
@@ -47,6 +55,15 @@ def default(ctx: typer.Context) -> None:
     "List, show, follow, cancel, fetch and resume jobs; without a command, list."
     if ctx.invoked_subcommand is None:
         list_jobs()
+
+# %% ../../nbs/cli/06_jobs.ipynb #0bd94d68
+def elsewhere(limit: int) -> set[str]:
+    "The other places that one of the newest jobs was sent to from here."
+    from itertools import islice
+
+    from llmkit.runner.index import entries
+
+    return {entry.where for entry in islice(entries(), limit)} - {"here"}
 
 # %% ../../nbs/cli/06_jobs.ipynb #e473d2d3
 @app.command("list")
@@ -63,10 +80,13 @@ def list_jobs(
     rows = place_named(on).list(limit)
     if as_json:
         print("\n".join(json.dumps(row.to_dict()) for row in rows))
-    elif rows:
+        return
+    if rows:
         Console(soft_wrap=True).print(table(rows))
-    else:
+    elif not elsewhere(limit):
         print("no jobs yet; start one with: llmkit run JOB --background")
+    for where in elsewhere(limit) - {on}:
+        print(f"others were sent to {where}: llmkit jobs list --on {where}")
 
 # %% ../../nbs/cli/06_jobs.ipynb #01707f9d
 @app.command()
@@ -74,7 +94,7 @@ def show(id: Id = "", on: On = "", as_json: Annotated[bool, typer.Option("--json
     "Show how a job stands."
     from llmkit.runner.manage import describe_row
 
-    place, id = located(id, on)
+    place, id = located(id or newest(on), on)
     row = place.show(id)
     if as_json:
         print(json.dumps(row.to_dict(), indent=1))
@@ -93,7 +113,7 @@ def logs(
     id: Id = "", on: On = "", f: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False
 ) -> None:
     "Print what a job printed."
-    place, id = located(id, on)
+    place, id = located(id or newest(on), on)
     if f:
         follow(place, id)
         return
@@ -121,7 +141,7 @@ def fetch(
 @app.command()
 def resume(id: One) -> None:
     "Start a job of this machine again that was preempted, cancelled or failed; it goes on where it stopped."
-    place, id = located(id, "")
+    place, id = located(id)
     if not hasattr(place, "resume"):
         raise RunError(f"{id} does not run here", "the service starts a preempted job by itself; else submit it again")
     id = place.resume(id)

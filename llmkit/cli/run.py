@@ -15,7 +15,7 @@ from ..core.errors import ConfigError, Preempted, RunError
 
 # %% auto #0
 __all__ = ['PLACES', 'EXTRAS', 'given', 'read_params', 'place_named', 'send', 'follow', 'short', 'tell', 'foreground', 'refuse',
-           'planned', 'begin', 'run']
+           'planned', 'begin', 'fitting', 'run']
 
 # %% ../../nbs/cli/02a_run.ipynb #f65bc655
 def given(words: list[str]) -> dict[str, str]:
@@ -166,12 +166,23 @@ def begin(
     "Run a job, or a sweep with these `runs`, on this machine."
     from llmkit.runner.attempt import book, start
 
-    folder = book(job, params, out, background, runs, parallel)
+    folder = book(job, params, out, runs, parallel)
     if not background:
         foreground(folder)
         return
     id = start(folder)
     print(f"{id}\nfollow it with: llmkit jobs logs -f {id}")
+
+# %% ../../nbs/cli/02a_run.ipynb #69117300
+def fitting(on: str, sweep: bool, parallel: int | None, out: str, node: int, cluster: dict[str, Any]) -> None:
+    "`ConfigError` if one of the options means nothing beside the others."
+    refuse({} if sweep else {"parallel": parallel}, "add --sweep")
+    if on == "here":
+        refuse(cluster, "add --on azureml")
+    else:
+        refuse({"out": out, "node": node}, f"llmkit jobs fetch brings what a job on {on} left behind")
+    if node and not out:
+        raise ConfigError(f"--node {node} needs the folder that the nodes share", "add --out FOLDER")
 
 # %% ../../nbs/cli/02a_run.ipynb #eed91e80
 def run(
@@ -185,12 +196,12 @@ def run(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Every combination of -p lr 1e-4,3e-4 -p steps 50,100.")
     ] = False,
-    parallel: Annotated[int, typer.Option(help="Runs of a sweep at once (1).", show_default=False)] = 0,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Runs of a sweep at once (1).")] = None,
     on: Annotated[str, typer.Option(help="Where: here or azureml.")] = "here",
     compute: Annotated[str, typer.Option(help="Azure ML: the cluster.")] = "",
-    nodes: Annotated[int, typer.Option(help="Azure ML: nodes (1).", show_default=False)] = 0,
-    gpus: Annotated[int, typer.Option(help="Azure ML: GPUs on each node.", show_default=False)] = 0,
-    node: Annotated[int, typer.Option(hidden=True)] = 0,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Azure ML: nodes (1).")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Azure ML: GPUs on each node.")] = None,
+    node: Annotated[int, typer.Option(min=0, hidden=True)] = 0,
 ) -> None:
     "Run one job notebook in a kernel of its own; its parameters are checked before anything runs."
     from llmkit.runner.inspect import describe, find_job
@@ -201,11 +212,8 @@ def run(
         return
     values = read_params(param, file, encoded)
     out = out or str(values.pop("out", ""))
-    refuse({} if sweep else {"parallel": parallel}, "add --sweep")
     cluster = {"compute": compute, "nodes": nodes, "gpus": gpus}
-    refuse(
-        cluster if on == "here" else {"out": out, "node": node}, "add --on azureml" if on == "here" else "leave it out"
-    )
+    fitting(on, sweep, parallel, out, node, cluster)
     params, swept, runs = planned(job, values, sweep)
     if on == "here":
         begin(job, params | swept, f"{out}/node-{node}" if node else out, background, runs, parallel or 1)

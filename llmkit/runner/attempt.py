@@ -35,18 +35,17 @@ def vacant(folder: Path) -> None:
         raise RunError(f"{folder} is in use by {status.id}, which is {status.state}", hint)
 
 # %% ../../nbs/runner/04c_attempt.ipynb #251ced9a
-def queue(folder: Path, id: str, background: bool = False) -> Status:
+def queue(folder: Path, id: str) -> Status:
     "Write that the run in `folder` waits for a process."
     (folder / ".cancel").unlink(missing_ok=True)
     me: dict[str, Any] = {"pid": os.getpid(), "created": created(os.getpid())}
-    return write_status(folder, Status(id, "queued", background=background, **me))
+    return write_status(folder, Status(id, "queued", **me))
 
 # %% ../../nbs/runner/04c_attempt.ipynb #7b591dcb
 def book(
     notebook: str | Path,  # a job notebook, or the bare name of one of llmkit's jobs
     params: dict[str, Any],
     out: str | Path = "",  # run folder; a new one in `runs` without it
-    background: bool = False,
     runs: list[dict[str, Any]] | None = None,  # of a sweep: the parameters of each run
     parallel: int = 1,  # of a sweep: runs at once
 ) -> Path:
@@ -63,7 +62,7 @@ def book(
         if runs:
             write_json(folder / "sweep.json", {"runs": runs, "parallel": parallel})
         before = read_status(folder)
-        queue(folder, before.id if before else entry.id if entry else enrol(job.stem, folder).id, background)
+        queue(folder, before.id if before else entry.id if entry else enrol(job.stem, folder).id)
     return folder
 
 # %% ../../nbs/runner/04c_attempt.ipynb #9fc8880d

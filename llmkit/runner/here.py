@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import RunError
+from ..core.errors import LLMKitError, RunError
 from ..core.progress import latest
 from ..core.run import locked, read_json
 from .attempt import book, queue, start, vacant
@@ -27,7 +27,7 @@ from .run import GRACE, end_leftover
 from .status import Status, alive, read_status, standing
 
 # %% auto #0
-__all__ = ['PRIVATE', 'row_of', 'Tail', 'printed', 'stop', 'copy', 'resume', 'Here']
+__all__ = ['PRIVATE', 'row_of', 'row_or_reason', 'Tail', 'printed', 'stop', 'copy', 'resume', 'Here']
 
 # %% ../../nbs/runner/04d_here.ipynb #c1bbbb95
 def row_of(folder: Path, id: str) -> JobRow:
@@ -38,6 +38,14 @@ def row_of(folder: Path, id: str) -> JobRow:
     message = phrase(latest(folder / "progress.jsonl")) if status.state == "running" else status.message
     how: dict[str, Any] = {"started": status.started, "ended": status.ended, "params": job["params"]}
     return JobRow(status.id, job["job"], "here", status.state, folder=folder, message=message, **how)
+
+# %% ../../nbs/runner/04d_here.ipynb #4d76f5b2
+def row_or_reason(folder: Path, id: str) -> JobRow:
+    "The row of the run in `folder`, or one that says why there is none."
+    try:
+        return row_of(folder, id)
+    except LLMKitError as e:
+        return JobRow(id, "", "here", "failed", folder=folder, message=str(e))
 
 # %% ../../nbs/runner/04d_here.ipynb #c75fc1fc
 class Tail:
@@ -77,18 +85,24 @@ def printed(folder: Path, follow: bool, every: float = 0.2) -> Iterator[str]:
 # %% ../../nbs/runner/04d_here.ipynb #5a9c8660
 def stop(folder: Path, patience: float = GRACE + 10) -> None:
     "End the run in `folder` for its owner; it is over when this returns."
+    status, end = standing(folder), time.monotonic() + patience
+    if status is None or status.state not in ACTIVE:
+        return
     (folder / ".cancel").touch()
-    status, end = read_status(folder), time.monotonic() + patience
+    status = read_status(folder)  # from here on, one that is queued sees the mark before it starts
     with suppress(ProcessLookupError):
-        if status and status.state == "running" and alive(status):  # one that is queued looks before it starts
+        if status and status.state == "running" and alive(status):
             os.kill(status.pid, signal.SIGTERM)
     while (now := standing(folder)) and now.state in ACTIVE:
         if time.monotonic() > end:
             with suppress(ProcessLookupError):
                 os.kill(now.pid, signal.SIGKILL)
         time.sleep(0.05)
+    status, end = read_status(folder), time.monotonic() + 5
     while status and status.pid != os.getpid() and alive(status) and time.monotonic() < end:
         time.sleep(0.02)  # it has said so, and is on its way out
+    for run in folder.glob("*/status.json"):  # of a sweep that had to be killed
+        stop(run.parent, patience)
     with suppress(RunError), locked(folder):  # held: somebody has started it again meanwhile
         end_leftover(folder)
 
@@ -117,7 +131,7 @@ def resume(folder: Path) -> str:
         if (folder / "result.json").exists():
             raise RunError(f"{id} came to its end", "start a new one with llmkit run")
         find_job(job["notebook"])
-        queue(folder, id, background=True)
+        queue(folder, id)
     return start(folder)
 
 # %% ../../nbs/runner/04d_here.ipynb #6ffb3fa2
@@ -126,7 +140,7 @@ class Here:
 
     def submit(self, notebook: Path, params: dict[str, Any], **options: Any) -> str:
         "Start a job in the background and return its id; `options` are those of `runner.attempt.book`."
-        return start(book(notebook, params, background=True, **options))
+        return start(book(notebook, params, **options))
 
     def folder(self, id: str) -> Path:
         "The run folder of a job: `id` is an id, the beginning of one, or a run folder."
@@ -143,7 +157,7 @@ class Here:
     def list(self, limit: int = 50) -> list[JobRow]:
         "The newest jobs, newest first."
         here = ((entry.folder, entry.id) for entry in entries() if entry.folder)
-        return [row_of(folder, id) for folder, id in islice(here, limit)]
+        return [row_or_reason(folder, id) for folder, id in islice(here, limit)]
 
     def show(self, id: str) -> JobRow:
         "How a job stands."

@@ -96,8 +96,12 @@ def enrol(
 ) -> Entry:
     "Append a run to the index."
     folder = home()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "jobs.jsonl", "ab") as f:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / "jobs.jsonl", "ab")  # noqa: SIM115
+    except OSError as e:
+        raise RunError(f"{folder} cannot be written ({e.strerror})", "set LLMKIT_RUNS to a folder that can") from e
+    with f:
         fcntl.flock(f, fcntl.LOCK_EX)
         chosen = id or new_id(job, folder)
         if where == "here" and out is None:

@@ -34,7 +34,6 @@ class Status:
     ended: float | None = None
     exit_code: int | None = None
     message: str = ""
-    background: bool = False
 
 # %% ../../nbs/runner/04b_status.ipynb #e7f52040
 def read_status(folder: Path) -> Status | None:
