@@ -36,13 +36,15 @@ def train(
     strategy: Annotated[str, typer.Option(help="ddp, fsdp, zero1, zero2 or zero3; ddp without it.")] = "",
     out: Annotated[str, typer.Option(help="Run folder; runs/train_model-TIME without it.")] = "",
     show: Annotated[bool, typer.Option("--show", help="Print the job's parameters and stop.")] = False,
+    background: Annotated[bool, typer.Option("--background", help="Return at once; see llmkit jobs.")] = False,
 ) -> None:
     "Train a model: the job train_model, on one process or many."
-    from llmkit.cli.commands import given, run
+    from llmkit.cli.run import given, run
 
     words = given(param)
     for name, value in parallel(nproc, nnodes, strategy).items():
         if name in words:
             raise ConfigError(f"{name} is given as -p and as --{name}", "give it once")
         words[name] = value
-    run("train_model", [f"{name}={value}" for name, value in words.items()], out, show)
+    param = [f"{name}={value}" for name, value in words.items()]
+    run("train_model", param, out=out, show=show, background=background)
