@@ -186,6 +186,7 @@ class Jobs:
     def status(self, name: str, status: str, error: str | None = None) -> None:
         """Say where a job stands."""
         job = self.store.get(f"/jobs/{name}")
+        self.errors[name] = error  # before the status: who sees that may ask for this
         job["properties"]["status"] = status
         job["systemData"]["lastModifiedAt"] = now()
         if status == "Running":
@@ -193,7 +194,6 @@ class Jobs:
         if status in TERMINAL:
             job["properties"]["properties"]["EndTimeUtc"] = now()
         self.history[name].append(status)
-        self.errors[name] = error
 
     def cancel(self, request: Request, name: str) -> Reply:
         """End a job and its children; nothing happens to one that has ended."""
