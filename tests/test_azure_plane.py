@@ -26,6 +26,7 @@ from azure.ai.ml.entities import (
     RecurrenceTrigger,
 )
 from azure.ai.ml.entities._assets.environment import BuildContext
+from azure.ai.ml.sweep import Choice
 from azure.core.exceptions import ClientAuthenticationError, HttpResponseError, ResourceNotFoundError
 from azure_plane import Plane, client
 
@@ -222,6 +223,27 @@ def test_a_failed_node_ends_its_pipeline(plane, ml, tmp_path):
     assert wait(ml, made.name) == "Failed"
     assert plane.jobs.errors[made.name] == "make: Failed, use: NotStarted"
     assert f"{made.name}-use" not in plane.jobs.history
+
+
+TRIAL = """
+import mlflow, sys
+with mlflow.start_run():
+    mlflow.log_metric("loss", (float(sys.argv[1]) - 0.3) ** 2)
+"""
+
+
+def test_a_sweep_keeps_its_best_trial_by_what_mlflow_has(plane, ml, job, tmp_path, monkeypatch):
+    (tmp_path / "trial.py").write_text(TRIAL)
+    monkeypatch.setattr(plane.tracking, "on", True)
+    trial = job("python trial.py ${{inputs.lr}}", code=str(tmp_path), inputs={"lr": 0.1}, outputs={})
+    sweep = trial(lr=Choice([0.1, 0.3])).sweep(
+        sampling_algorithm="grid", primary_metric="loss", goal="minimize", compute="cpu"
+    )
+    sweep.set_limits(max_total_trials=4, max_concurrent_trials=2)
+    made = ml.jobs.create_or_update(sweep, experiment_name="tests")
+    assert wait(ml, made.name, 60) == "Completed"
+    assert ml.jobs.get(made.name).properties["best_child_run_id"] == f"{made.name}_1"
+    assert plane.tracking.metrics(f"{made.name}_0") == {"loss": pytest.approx(0.04)}
 
 
 def test_a_job_can_be_scheduled_and_triggered(ml, tmp_path):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import bindings
 from .limits import bad
-from .web import ArmError
 
 if TYPE_CHECKING:
     from .plane import Plane
@@ -164,7 +163,7 @@ class Composite:
             bad_ones = [f"{child}: {end}" for child, end in ends.items() if end != "Completed"]
             end = "Canceled" if self.stopped[name].is_set() else "Failed" if bad_ones else "Completed"
             self.plane.jobs.status(name, end, error=", ".join(bad_ones) or None)
-        except (ArmError, OSError, ValueError) as e:
+        except Exception as e:  # noqa: BLE001 - whatever it is, the job must end and say so
             self.plane.jobs.status(name, "Failed", error=str(e))
 
     def pipeline(self, name: str, properties: Properties) -> dict[str, str]:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import bindings
 from .limits import seconds
-from .web import ArmError
 
 if TYPE_CHECKING:
     from .plane import Plane
@@ -74,7 +73,7 @@ class Executor:
                 if not running.preempted.is_set():
                     break
                 running.preempted.clear()  # the nodes were taken away: Azure queues the job again
-        except (ArmError, OSError, ValueError) as e:
+        except Exception as e:  # noqa: BLE001 - whatever it is, the job must end and say so
             end, error = "Failed", f"{type(e).__name__}: {e}"
         self.plane.tracking.end(name, end)
         self.status(name, end, error=error)

@@ -95,6 +95,5 @@ class Schedules:
             made = self.plane.jobs.sent[source.rsplit("/", 1)[-1]]
         self.plane.jobs.create(job, made | {"tags": {"azureml.schedule": name}})
         (self.plane.executor if made["jobType"] == "Command" else self.plane.composite).start(job)
-        return Reply(
-            200, {"jobName": job, "scheduleActionType": "CreateJob", "triggerTime": dt.datetime.now(dt.UTC).isoformat()}
-        )
+        when = dt.datetime.now(dt.UTC).isoformat()
+        return Reply(200, {"submissionId": job, "scheduleActionType": "CreateJob", "triggerTime": when})

@@ -6,6 +6,7 @@ import copy
 import datetime as dt
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -125,11 +126,12 @@ class Store:
                 if done is not None:
                     done["properties"]["provisioningState"] = "Succeeded"
                 operation.update(status="Succeeded", endTime=now())
-            except ArmError as e:
+            except Exception as e:  # noqa: BLE001 - whatever it is, who waits for the operation must hear of it
+                error = e if isinstance(e, ArmError) else ArmError(500, "PlaneMistake", traceback.format_exc())
                 done = self.find(path)
                 if done is not None:
                     done["properties"]["provisioningState"] = "Failed"
-                operation.update(status="Failed", endTime=now(), error={"code": e.code, "message": e.message})
+                operation.update(status="Failed", endTime=now(), error={"code": error.code, "message": error.message})
 
         where = request.base + self.root.split("/resourceGroups")[0]
         where += f"/providers/Microsoft.MachineLearningServices/locations/westeurope/%s/{name}?api-version=2024-10-01"
