@@ -7,7 +7,7 @@ import datetime as dt
 import secrets
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from . import azurite
 from .blobstub import BlobStub, error
@@ -121,7 +121,9 @@ class Blobs:
     def place(self, uri: str) -> tuple[str, str]:
         """Container and path of a datastore URI or a blob address."""
         if uri.startswith("https://"):
-            container, _, path = uri.partition(f"/{ACCOUNT}/")[2].partition("?")[0].partition("/")
+            # An environment's build context has lost the account: the SDK joins the two as if that were a file.
+            path = urlsplit(uri).path.removeprefix(f"/{ACCOUNT}").lstrip("/")
+            container, _, path = path.partition("/")
             return container, unquote(path)
         _, _, rest = uri.partition("datastores/")
         store, _, path = rest.partition("/")
