@@ -452,10 +452,7 @@ def test_a_deployment_is_a_server_that_answers(plane, ml, endpoint, tmp_path):
     (tmp_path / "ask.json").write_text(json.dumps(ask))
     said = json.loads(ml.online_endpoints.invoke("llmkit-test", request_file=str(tmp_path / "ask.json")))
     assert said["object"] == "text_completion" and said["usage"]["completion_tokens"] == 3
-    assert (
-        "POST" in ml.online_deployments.get_logs("blue", "llmkit-test", 100)
-        or plane.endpoints.servers["llmkit-test", "blue"]
-    )
+    assert "llmkit: ready" in ml.online_deployments.get_logs("blue", "llmkit-test", 100)
     found = ml.online_endpoints.get("llmkit-test")
     keys = ml.online_endpoints.get_keys("llmkit-test")
     with httpx.Client(verify=str(plane.certificate)) as http:
@@ -464,7 +461,7 @@ def test_a_deployment_is_a_server_that_answers(plane, ml, endpoint, tmp_path):
         assert (reply.status_code, reply.headers["azureml-model-deployment"]) == (200, "green")
         assert http.post(found.scoring_uri, json=ask).status_code == 401
         with http.stream("POST", found.scoring_uri, json=ask | {"stream": True}, headers=head) as reply:
-            assert list(reply.iter_lines())[-2:] == ["data: [DONE]", ""] or "data: [DONE]" in reply.read().decode()
+            assert "data: [DONE]" in list(reply.iter_lines())
         ml.online_endpoints.begin_regenerate_keys("llmkit-test", key_type="secondary").result()
         assert http.post(found.scoring_uri, json=ask, headers=head).status_code == 401
 

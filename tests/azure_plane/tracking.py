@@ -42,7 +42,7 @@ class Tracking:
             artifacts = f"{(self.home / 'mlruns').as_uri()}/{number}/{run}/artifacts"
             with self.store.ManagedSessionMaker() as session:
                 if session.get(SqlRun, run) is None:
-                    facts = {"name": display, "source_type": "UNKNOWN", "source_name": "", "entry_point_name": ""}
+                    facts = {"name": display, "source_type": "JOB", "source_name": "", "entry_point_name": ""}
                     facts |= {"user_id": "somebody", "status": "RUNNING", "start_time": int(time.time() * 1000)}
                     facts |= {"lifecycle_stage": "active", "artifact_uri": artifacts, "source_version": ""}
                     session.add(SqlRun(run_uuid=run, experiment_id=int(number), **facts))
