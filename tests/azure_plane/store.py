@@ -87,7 +87,7 @@ class Store:
         """The resources one level below a path, oldest first."""
         with self.lock:
             depth, start = path.count("/") + 1, path.lower() + "/"
-            return [copy.deepcopy(r) for p, r in self.items.items() if p.startswith(start) and p.count("/") == depth]
+            return [r for p, r in self.items.items() if p.startswith(start) and p.count("/") == depth]
 
     def delete(self, path: str) -> None:
         """Remove a resource and what is below it."""
@@ -167,7 +167,7 @@ def missing(path: str) -> ArmError:
 def page(request: Request, items: list[Resource], size: int = 100) -> Reply:
     """One page of a list, and the address of the next."""
     begin = int(request.query.get("$skip") or 0)
-    body: dict[str, Any] = {"value": items[begin : begin + size]}
+    body: dict[str, Any] = {"value": copy.deepcopy(items[begin : begin + size])}
     if begin + size < len(items):
         path, _, query = request.target.partition("?")
         kept = [part for part in query.split("&") if not part.lower().startswith(("$skip=", "%24skip="))]
