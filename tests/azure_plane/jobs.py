@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from . import bindings, limits
 from .executor import TERMINAL
 from .limits import bad, check_name, check_shm, check_size, check_tags, seconds
-from .store import Resource, now, page
+from .store import Resource, now, page, snapshot
 from .web import ArmError, Reply, Request
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class Jobs:
             self.plane.executor.start(name)
         else:
             self.plane.composite.start(name)
-        return Reply(201, copy.deepcopy(made))
+        return Reply(201, snapshot(made))
 
     def change(self, name: str, properties: dict[str, Any]) -> Reply:
         """A second PUT under a name."""
@@ -90,11 +89,11 @@ class Jobs:
                 old = job["properties"].get(field)
                 both = isinstance(old, dict) and field == "properties"
                 job["properties"][field] = {**old, **properties[field]} if both else properties[field]
-        return Reply(200, copy.deepcopy(job))
+        return Reply(200, snapshot(job))
 
     def create(self, name: str, properties: dict[str, Any], parent: str = "") -> Resource:
         """The resource of a new job."""
-        self.sent[name] = copy.deepcopy(properties)
+        self.sent[name] = snapshot(properties)
         self.history[name] = ["NotStarted"]
         studio = f"{self.plane.url}/studio/runs/{name}"
         services = {
