@@ -247,6 +247,8 @@ class Endpoints:
         def work() -> None:
             if server := self.servers.pop((name, deployment), None):
                 server.close()
+            for shares in ("traffic", "mirrorTraffic"):
+                endpoint["properties"][shares].pop(deployment, None)
             self.store.delete(path)
 
         return self.store.begin(request, path, "Deleting", work, 202)
