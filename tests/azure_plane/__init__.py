@@ -8,6 +8,11 @@ command job runs, once per node, in a folder unpacked from the uploaded code; a 
 its image's Dockerfile; the scoring address of an endpoint splits and mirrors requests. Blobs lie in Azurite where Node
 has it, else in a stub. `plane.faults` (or `POST /_plane/faults`) makes it busy, slow, forgetful or absent.
 
+It is no Azure: one workspace, no registries, no autoscale, one process for a deployment of many instances, images that
+are not built (a Dockerfile is read for what it copies, sets and starts), schedules that start when they are triggered,
+quotas and names from the published limits. With `mlflow=True` a job's MLflow run exists, as it does in Azure; without it
+only the variables are set.
+
     web        requests, answers, routes, the https server       store      resources, long operations, staleness
     identity   the certificate and tokens                        faults     what goes wrong, on demand
     limits     what Azure refuses                                blob*      storage: Azurite or the stub behind one door
