@@ -10,8 +10,8 @@ has it, else in a stub. `plane.faults` (or `POST /_plane/faults`) makes it busy,
 
 It is no Azure: one workspace, no registries, no autoscale, one process for a deployment of many instances, images that
 are not built (a Dockerfile is read for what it copies, sets and starts), schedules that start when they are triggered,
-quotas and names from the published limits. With `mlflow=True` a job's MLflow run exists, as it does in Azure; without it
-only the variables are set.
+quotas and names from the published limits. With `mlflow=True` a job has an MLflow run, as in Azure; without it only
+the variables are set.
 
     web        requests, answers, routes, the https server       store      resources, long operations, staleness
     identity   the certificate and tokens                        faults     what goes wrong, on demand
