@@ -191,16 +191,12 @@ class FileCredential:
         return AccessToken(said["token"], int(time.time()) + 60)
 
 
-_clouds: set[str] = set()
-
-
 def client(cloud: Path) -> Any:
     """The real `MLClient`, connected to the plane that wrote this file; public arguments only."""
     from azure.ai.ml import MLClient
 
     said = json.loads(cloud.read_text())
     os.environ["REQUESTS_CA_BUNDLE"] = said["certificate"]
-    where = {} if said["cloud"] in _clouds else {"cloud_metadata": said["cloud_metadata"]}
-    _clouds.add(said["cloud"])  # the SDK refuses to be told of a cloud twice
     names = (said["subscription_id"], said["resource_group"], said["workspace_name"])
-    return MLClient(FileCredential(cloud), *names, cloud=said["cloud"], enable_telemetry=False, **where)
+    where = {"cloud": said["cloud"], "cloud_metadata": said["cloud_metadata"]}
+    return MLClient(FileCredential(cloud), *names, enable_telemetry=False, **where)
