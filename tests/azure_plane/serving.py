@@ -126,15 +126,18 @@ class ServerProcess:
         def local(text: str) -> str:
             for there in sorted(places, key=len, reverse=True):
                 text = re.sub(rf"(?<![\w./-]){re.escape(there)}(?![\w.-])", places[there], text)
-            return re.sub(rf"(?<!\d){port}(?!\d)", str(self.port), text) if port else text
+            return text
+
+        def mapped(text: str) -> str:  # 8000, --port=8000, 0.0.0.0:8000: where a port may stand
+            return re.sub(rf"(^|[:=\s]){port}(?=$|[\s/])", rf"\g<1>{self.port}", text) if port else text
 
         kept = ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
         base = {key: os.environ[key] for key in kept if key in os.environ} | self.plane.wire.variables()
-        env = base | {k: local(v) for k, v in env.items() if k != "PATH"}
+        env = base | {k: local(mapped(v) if "PORT" in k else v) for k, v in env.items() if k != "PATH"}
         env |= {"HOST": "127.0.0.1", "PORT": str(self.port)}  # the other half of the mapping: for scripts in the image
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         self.folder.mkdir(parents=True, exist_ok=True)
-        words = [local(word) for word in image.words]
+        words = [local(mapped(word)) for word in image.words]
         with (self.folder / "server.log").open("ab") as log:
             try:
                 self.process = subprocess.Popen(
@@ -180,7 +183,7 @@ class ServerProcess:
         try:
             connection.request("GET", path)
             return connection.getresponse().status
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return 0
         finally:
             connection.close()
