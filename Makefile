@@ -12,7 +12,7 @@ JOBS ?= 2
 COVERAGE ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-notebooks test-python coverage conformance check format lab demo bench bench-serving bench-training soak hooks lock clean
+.PHONY: help install quickstart test test-notebooks test-python coverage conformance azurite check format lab demo bench bench-serving bench-training soak hooks lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ $(PEERS)/.installed: tests/peers/requirements.txt | $(INSTALLED)
 
 conformance: $(INSTALLED) $(PEERS)/.installed ## Hold the server to other people's suites: schemathesis, langchain-tests, lm-eval
 	@LLMKIT_PYTHON=$(abspath $(BIN))/python $(PEERS)/bin/python -m pytest tests/peers
+
+azurite: ## Install Azurite, for which the tests of Azure ML otherwise have a stand-in (needs npm)
+	@npm install --silent --no-audit --no-fund --prefix .azurite azurite@3.35.0
 
 check: $(INSTALLED) ## Format, lint, types, and package and README in sync with the notebooks
 	@$(BIN)/ruff format --check .
