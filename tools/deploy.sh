@@ -2,31 +2,31 @@
 # Put a model on an endpoint: into the deployment without traffic, tried alone, then given its share.
 #   tools/deploy.sh ENDPOINT MODEL ENVIRONMENT SHARE        for example llmkit llmkit:3 llmkit-serve:1f2e3d 5
 # SHARE is the new deployment's percentage; the first deployment of an endpoint gets all. Wants `az` with its ml
-# extension, logged in, and AZURE_SUBSCRIPTION_ID, AZURE_RESOURCE_GROUP, AZURE_WORKSPACE.
+# extension, logged in, and AZURE_SUBSCRIPTION_ID, AZURE_RESOURCE_GROUP, AZUREML_WORKSPACE_NAME.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 4 ] || { echo "usage: $0 ENDPOINT MODEL ENVIRONMENT SHARE" >&2; exit 2; }
 endpoint=$1 model=$2 environment=$3 share=$4
-: "${AZURE_SUBSCRIPTION_ID:?error: set it}" "${AZURE_RESOURCE_GROUP:?error: set it}" "${AZURE_WORKSPACE:?error: set it}"
+: "${AZURE_SUBSCRIPTION_ID:?error: set it}" "${AZURE_RESOURCE_GROUP:?error: set it}" "${AZUREML_WORKSPACE_NAME:?error: set it}"
 [[ $share =~ ^[0-9]+$ && $share -le 100 ]] || { echo "error: SHARE is $share, not 0 to 100" >&2; exit 2; }
-wait_s=${LLMKIT_WAIT_S:-10}
+wait_s=${LLMKIT_WAIT_S:-10} looks=${LLMKIT_LOOKS:-180}
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 
 ml() { # ml WORDS...: az ml, in this workspace
   az ml "$@" --subscription "$AZURE_SUBSCRIPTION_ID" --resource-group "$AZURE_RESOURCE_GROUP" \
-    --workspace-name "$AZURE_WORKSPACE"
+    --workspace-name "$AZUREML_WORKSPACE_NAME"
 }
 
 settled() { # the endpoint takes no call while it is "Updating"
-  for _ in $(seq 60); do
+  for _ in $(seq "$looks"); do
     case $(ml online-endpoint show --name "$endpoint" --query provisioning_state --output tsv) in
       Succeeded) return 0 ;;
       Failed | Canceled) echo "error: endpoint $endpoint is in a failed state; look at it in the studio" >&2; return 1 ;;
     esac
     sleep "$wait_s"
   done
-  echo "error: endpoint $endpoint is still updating after 60 looks" >&2
+  echo "error: endpoint $endpoint is still updating after $looks looks" >&2
   return 1
 }
 

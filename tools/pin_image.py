@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Print an environment of Azure ML with a finished image in place of what it would be built from.
 
-    python tools/pin_image.py azure/environments/serve/environment.yml REGISTRY/llmkit-serve@sha256:... > serve.yml
+python tools/pin_image.py azure/environments/serve/environment.yml REGISTRY/llmkit-serve@sha256:... > serve.yml
 """
 
 from __future__ import annotations
