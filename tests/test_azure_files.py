@@ -121,14 +121,12 @@ def test_probes_and_requests_reach_the_server() -> None:
 
 def test_start_serves_the_mounted_model(tmp_path: Path) -> None:
     """start.sh finds the model folder below the mount, and starts a server with options that `llmkit serve` knows."""
-    from typer.testing import CliRunner
-
     from llmkit.cli.main import subcommand
     from llmkit.cli.serve import ENV
 
     model = tmp_path / "mount" / "llmkit" / "model"
-    (model / "variants" / "int4").mkdir(parents=True)
-    for folder in (model, model / "variants" / "int4"):
+    (model / "int4").mkdir(parents=True)
+    for folder in (model / "int4", model):
         (folder / "config.json").write_text("{}")
     fake = tmp_path / "bin" / "llmkit"
     fake.parent.mkdir()
@@ -142,7 +140,6 @@ def test_start_serves_the_mounted_model(tmp_path: Path) -> None:
     options = {o for p in subcommand("serve").params for o in p.opts}
     assert {w for w in words if w.startswith("--")} <= options and "--gateway" in words
     assert not ENV.keys() & set(read(DEPLOYMENTS[0])["environment_variables"])
-    assert CliRunner  # the command above is typer's
     shutil.rmtree(model)
     for broken, word in (({}, "no config.json"), ({"AZUREML_MODEL_DIR": ""}, "the deployment names none")):
         failed = subprocess.run(script, env=env | broken, capture_output=True, text=True)
@@ -371,6 +368,20 @@ def test_roles_are_given_on_single_resources() -> None:
     for who in ("computePrincipalId", "endpointPrincipalId", "workflowPrincipalId"):
         given = re.findall(rf"principalId: {who}\n.*?role\.(\w+)\)", roles, re.S)
         assert "contributor" not in given, who
+
+
+CLOSED = {
+    "storage": ("allowSharedKeyAccess: false", "allowBlobPublicAccess: false", "minimumTlsVersion: 'TLS1_2'"),
+    "registry": ("adminUserEnabled: false", "anonymousPullEnabled: false"),
+    "vault": ("enableRbacAuthorization: true", "enablePurgeProtection: true"),
+    "workspace": ("systemDatastoresAuthMode: 'identity'", "isolationMode: 'AllowInternetOutbound'", "'UserAssigned'"),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_nothing_opens_with_a_key_and_all_can_be_closed(name: str) -> None:
+    text = (AZURE / f"infra/modules/{name}.bicep").read_text(encoding="utf-8")
+    assert all(line in text for line in (*CLOSED[name], "publicNetworkAccess: publicAccess"))
 
 
 def test_files_name_the_identities_that_the_templates_make() -> None:
