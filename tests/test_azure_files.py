@@ -544,6 +544,15 @@ def test_the_readme_names_files_and_commands_that_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+def test_the_readme_can_be_pasted() -> None:
+    text = (AZURE / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    assert len(blocks) > 8
+    for block in blocks:
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, f"{done.stderr}\n{block}"
+
+
 def test_the_readme_prices_are_those_of_the_files() -> None:
     text = (AZURE / "README.md").read_text(encoding="utf-8")
     assert "round figure" in text

@@ -43,7 +43,8 @@ class Buildah:
 def pip_settings(folder: Path) -> list[str | Path]:
     """Options of `buildah bud` that give pip inside what pip has outside: its settings, and the files they name."""
     said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    lines, files = ["[global]"], set()
+    lines: list[str] = ["[global]"]
+    files: set[Path] = set()
     for line in said.stdout.splitlines():
         key, _, value = line.partition("=")
         name = key.removeprefix("global.").removeprefix(":env:.")
@@ -51,7 +52,10 @@ def pip_settings(folder: Path) -> list[str | Path]:
             continue
         value = value.strip("'").replace("\\n", " ")
         lines.append(f"{name} = {value}")
-        files |= {p for w in value.split() if Path(p := w.removeprefix("file://")).is_absolute() and Path(p).exists()}
+        for word in value.split():
+            path = Path(word.removeprefix("file://"))
+            if path.is_absolute() and path.exists():  # an index beside its files: the folder of both
+                files.add(path.parent if word.startswith("file://") else path)
     (folder / "pip.conf").write_text("\n".join(lines) + "\n")
     mounts = [f"{folder / 'pip.conf'}:/etc/pip.conf:ro", *(f"{f}:{f}:ro" for f in sorted(files))]
     return [word for mount in mounts for word in ("--volume", mount)]
