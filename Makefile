@@ -13,7 +13,7 @@ JOBS ?= 2
 COVERAGE ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-notebooks test-python coverage conformance declarations image-locks check format lab demo bench soak hooks lock clean
+.PHONY: help install quickstart test test-notebooks test-python coverage conformance declarations image-locks check format lab demo bench bench-serving bench-training soak hooks lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -96,11 +96,13 @@ demo: $(INSTALLED) ## Open a chat over the model of the last quickstart (RUN=FOL
 	@test -d $(RUN)/02_train_model/model || { echo "error: no model in $(RUN); run make quickstart first" >&2; exit 2; }
 	@$(BIN)/llmkit demo quickstart=$(RUN)/02_train_model/model $(ARGS)
 
-# The numbered notebooks there hold what the others are made of. ARGS="" runs the tiny preset, without peers.
-bench: ARGS = -p size S -p rounds 3 -p peers llama.cpp,transformers,litserve,vllm,openvino
-bench: $(INSTALLED) ## Run the benchmarks beside their peers, each into a new folder in runs/bench/ (ARGS="-p NAME VALUE...")
-	@for book in nbs/benchmarks/[!0-9]*.ipynb; do \
-	$(BIN)/llmkit run $$book --out runs/bench/$$(basename $$book .ipynb)-$$(date +%Y%m%d-%H%M%S) $(ARGS) || exit; done
+# The numbered notebooks there hold what the others are made of. ARGS="" runs the tiny presets, without peers.
+bench: bench-serving bench-training ## Run the benchmarks beside their peers, each into a new folder in runs/bench/ (ARGS="-p NAME VALUE...")
+
+bench-serving: ARGS = -p size S -p rounds 3 -p peers llama.cpp,transformers,litserve,vllm,openvino
+bench-training: ARGS = -p size full -p rounds 3
+bench-serving bench-training: bench-%: $(INSTALLED)
+	@$(BIN)/llmkit run nbs/benchmarks/$*.ipynb --out runs/bench/$*-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 soak: $(INSTALLED) ## Run the tests that take over a minute
 	@$(BIN)/python -m pytest -m soak --timeout 3600

@@ -15,10 +15,11 @@ from llmkit.core.errors import LLMKitError
 from llmkit.core.tiny import TEXTS, tiny_tokenizer
 from llmkit.data.dataset import Dataset
 from llmkit.models.factory import ModelConfig, build
+from llmkit.training.adapted import add_adapter
+from llmkit.training.adapter import Adapter
 from llmkit.training.batches import Packed
 from llmkit.training.distributed import make_strategy
 from llmkit.training.loop import fit, state_for
-from llmkit.training.peft import add_lora
 from llmkit.training.recipe import Recipe
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -27,7 +28,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "fine-tuning": {"lr": 0.01, "micro_batch": 2, "gradient_checkpointing": True},
     "fine-tuning in fp16": {"precision": "fp16", "lr": 0.01, "micro_batch": 3},
     "lora": {"lr": 0.02, "micro_batch": 1},
+    "dora": {"lr": 0.02, "micro_batch": 2},
+    "qlora": {"lr": 0.02, "micro_batch": 1, "precision": "bf16"},
+    "pissa": {"lr": 0.02, "micro_batch": 1},
+    "ia3": {"lr": 0.1, "micro_batch": 1, "gradient_checkpointing": True},
 }
+DROPPED = ("lora", "dora", "qlora", "pissa")  # methods whose matrices can have dropout
 
 
 class KilledError(Exception):
@@ -42,16 +48,14 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def model_for(kind: str) -> Any:
-    """A model with dropout; under LoRA its adapter has some too."""
+def model_for(kind: str, dropout: bool = True) -> Any:
+    """A model with dropout; a kind that is an adapter has one, with dropout if it can."""
     net = build(ModelConfig.tiny(512), seed=0)
     for layer in net.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    if kind == "lora":
-        add_lora(net, rank=4, alpha=8)
-        for name, module in net.named_modules():
-            if name.endswith("lora_dropout"):
-                module["default"] = torch.nn.Dropout(0.1)
+        layer.self_attn.attention_dropout = 0.1 if dropout else 0.0
+    if kind in (*DROPPED, "ia3"):
+        dials = {"rank": 4, "alpha": 8.0, "dropout": 0.1 * dropout} if kind in DROPPED else {}
+        add_adapter(net, Adapter(method=kind, **dials))
     return net
 
 
@@ -73,10 +77,7 @@ def training(
     data = Dataset(home / ("texts.jsonl" if "pretraining" in kind else "pairs.jsonl"))
     batches = Packed(data, tiny_tokenizer(), recipe, window=10)
     given = batches.next
-    net = model_for(kind)
-    if not dropout:
-        for layer in net.model.layers:
-            layer.self_attn.attention_dropout = 0.0
+    net = model_for(kind, dropout)
 
     def deadly() -> Any:
         nonlocal die
@@ -97,6 +98,11 @@ def training(
 def ranks(**options: Any) -> list[float]:
     """The losses, for a launcher."""
     return training(**options)[0]
+
+
+def several(kinds: list[str], strategy: str, **options: Any) -> dict[str, list[float]]:
+    """The losses of several kinds, one after the other in the same processes."""
+    return {k: training(kind=k, name=f"{strategy}-{k}", strategy=strategy, **options)[0] for k in kinds}
 
 
 def main() -> None:

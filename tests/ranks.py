@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from llmkit.core.errors import LLMKitError
 from llmkit.models.factory import ModelConfig, build
-from llmkit.training.distributed import Objective, bare, digest, make_strategy
+from llmkit.training.distributed import Objective, digest, make_strategy
+from llmkit.training.group import LEFT
 from llmkit.training.optim import make_adamw
 
 ROWS, LENGTH = 8, 16  # of a global batch
@@ -113,9 +112,20 @@ def resumable(name: str, home: str, deaths: list[list[int]], steps: int = 8) -> 
         if strategy.rank == 0:
             last.with_suffix(".part").write_text(json.dumps(losses))
             last.with_suffix(".part").replace(last)
-        time.sleep(float(os.environ.get("PAUSE", "0")))
     strategy.close()
     return losses
+
+
+def many_groups(n: int) -> int:
+    """Join a group, train some steps with compressed gradients, leave it, `n` times; how many are held."""
+    for i in range(n):
+        strategy = make_strategy("ddp", device="cpu", compression=("powersgd", "fp16")[i % 2], timeout=20.0)
+        objective, optimizer = strategy.prepare(Objective(net(), loss_of), adam)
+        for step in range(4):
+            strategy.backward(objective(batch(step, strategy.rank, strategy.world)), objective)
+            strategy.step(objective, optimizer, 1.0)
+        strategy.close()
+    return len({id(group) for group in LEFT})
 
 
 def absent() -> None:
@@ -123,89 +133,3 @@ def absent() -> None:
     if os.environ["RANK"] == "1":
         time.sleep(60)
     make_strategy("ddp", device="cpu", timeout=2.0)
-
-
-def refusal(case: Any) -> str:
-    """The message of the error that `case` raises; empty if it raises none."""
-    try:
-        case()
-    except LLMKitError as e:
-        return str(e)
-    return ""
-
-
-def stepped(name: str, break_it: Any = None, data: Any = None, call: Any = None, **options: Any) -> None:
-    """One step and verify, with something wrong in one of three places."""
-    strategy = make_strategy(name, device="cpu", **SHORT | options)
-    objective, optimizer = strategy.prepare(Objective(net(), loss_of), adam)
-    ids = batch(0, strategy.rank, strategy.world) if data is None else data
-    loss = objective(ids) if call is None else call(objective, ids)
-    strategy.backward(loss, objective)
-    strategy.step(objective, optimizer, 0.0)
-    strategy.verify((break_it and break_it(strategy, objective)) or objective, loss)
-
-
-def other_weights(strategy: Any, model: Any) -> None:
-    with torch.no_grad():
-        next(bare(model).parameters())[0] += strategy.rank
-
-
-def no_hook(strategy: Any, model: Any) -> None:
-    model._comm_hooks.clear()
-
-
-def unwrapped(strategy: Any, model: Any) -> Any:
-    return model.module if hasattr(model, "module") else net()
-
-
-def other_world(strategy: Any, model: Any) -> None:
-    os.environ["WORLD_SIZE"] = os.environ["LLMKIT_WORLD"] = "3"
-
-
-def prepared(name: str, seed: int, make: Any = adam) -> None:
-    strategy = make_strategy(name, device="cpu", **SHORT)
-    strategy.prepare(Objective(net(seed), loss_of), make)
-
-
-def early(name: str) -> None:
-    """An optimizer over the weights from before they were sharded."""
-    strategy = make_strategy(name, device="cpu", **SHORT)
-    model = net()
-    before = torch.optim.AdamW([p.detach().clone().requires_grad_() for p in model.parameters()])
-    objective, optimizer = strategy.prepare(Objective(model, loss_of), lambda _: before)
-    loss = objective(batch(0, strategy.rank, strategy.world))
-    strategy.backward(loss, objective)
-    strategy.step(objective, optimizer, 0.0)
-    strategy.verify(objective, loss)
-
-
-def refusals() -> dict[str, str]:
-    """What each misconfigured run is told."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cases = {
-        "other seeds, ddp": lambda: prepared("ddp", rank),
-        "other seeds, fsdp": lambda: prepared("fsdp", rank),
-        "same data, ddp": lambda: stepped("ddp", data=batch(0)),
-        "same data, fsdp": lambda: stepped("fsdp", data=batch(0)),
-        "around the wrapper, ddp": lambda: stepped("ddp", call=lambda m, ids: m.module(ids)),
-        "unwrapped, ddp": lambda: stepped("ddp", unwrapped),
-        "unwrapped, fsdp": lambda: stepped("fsdp", unwrapped),
-        "weights differ, ddp": lambda: stepped("ddp", other_weights),
-        "no hook": lambda: stepped("ddp", no_hook, compression="fp16"),
-        "optimizer too early, fsdp": lambda: early("fsdp"),
-        "optimizer too early, ddp": lambda: early("ddp"),
-        "nan": lambda: stepped("ddp", call=lambda m, ids: m(ids) * (float("nan") if rank else 1.0)),
-        "single": lambda: make_strategy("single", device="cpu"),
-        "world": lambda: stepped("ddp", other_world),
-    }
-    found = {}
-    for name, case in cases.items():
-        found[name] = refusal(case)
-        os.environ["WORLD_SIZE"] = os.environ["LLMKIT_WORLD"] = str(world)
-        dist.barrier()
-    os.environ["LLMKIT_WORLD"] = "4"
-    found["asked"] = refusal(lambda: make_strategy("fsdp", device="cpu", **SHORT))
-    os.environ["LLMKIT_WORLD"] = str(world)
-    dist.barrier()
-    dist.destroy_process_group()
-    return found

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,7 +13,10 @@ import psutil
 import pytest
 import ranks
 
-from llmkit.core.errors import ConfigError, LLMKitError, RunError
+from llmkit.benchmarks.kills import kills, said
+from llmkit.benchmarks.nodes import two_nodes
+from llmkit.benchmarks.ranks import training
+from llmkit.core.errors import ConfigError, LLMKitError, MissingError, RunError
 from llmkit.training.distributed import make_strategy
 from llmkit.training.launch import launch
 
@@ -81,42 +81,9 @@ def test_a_killed_rank_changes_nothing(
 @pytest.mark.timeout(1800)
 def test_twenty_deaths(tmp_path: Path) -> None:
     """A random rank at a random step, twenty runs; all finish with the bits of the undisturbed one."""
-    dice, seconds = random.Random(0), []
-    (tmp_path / "whole").mkdir()
-    whole = both("resumable", name="ddp", home=str(tmp_path / "whole"), deaths=[]).value
-    for i in range(20):
-        home = tmp_path / str(i)
-        home.mkdir()
-        begun = time.monotonic()
-        done = both("resumable", 2, name="ddp", home=str(home), deaths=[[dice.randrange(2), dice.randrange(8)]])
-        seconds.append(time.monotonic() - begun)
-        assert done.value == whole and done.restarts == 1
-    print(f"median {sorted(seconds)[10]:.1f} s, longest {max(seconds):.1f} s")
-
-
-REFUSED = {
-    "other seeds, ddp": "start weights differ across ranks",
-    "other seeds, fsdp": "start weights differ across ranks",
-    "same data, ddp": "they read the same data",
-    "same data, fsdp": "they read the same data",
-    "around the wrapper, ddp": "gradients of the first step differ across ranks",
-    "unwrapped, ddp": "is a Objective, not wrapped by DDP",
-    "unwrapped, fsdp": "not sharded",
-    "weights differ, ddp": "weights after the first step differ across ranks",
-    "no hook": "compression 'fp16' was asked for, the hooks are []",
-    "optimizer too early, fsdp": "the step changed no weight",
-    "optimizer too early, ddp": "the step changed no weight",
-    "nan": "the gradient's norm is nan",
-    "single": "would train as many models",
-    "world": "3 processes were asked for, the group has 2",
-    "asked": "4 processes were asked for, 2 are in the group",
-}
-
-
-def test_what_is_misconfigured_is_refused() -> None:
-    found = both("refusals").value
-    assert set(found) == set(REFUSED)
-    assert {k: found[k] for k in REFUSED if REFUSED[k] not in found[k]} == {}
+    rows, _ = kills(20, ("ddp", "fsdp", "zero2"), tmp_path)
+    print(said(rows))
+    assert [row for row in rows if not (row["finished"] and row["equal"])] == []
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2"])
@@ -127,6 +94,11 @@ def test_many_asked_for_and_one_started(name: str, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(key, value)
     with pytest.raises(ConfigError, match="world of one process"):
         make_strategy(name, device="cpu")
+
+
+def test_groups_that_were_left_are_held() -> None:
+    """One that its own thread takes down waits for itself or aborts: seen after 10 to 40 groups, on a busy machine."""
+    assert both("many_groups", n=3).value == 3
 
 
 def test_a_rank_that_never_arrives_is_named() -> None:
@@ -194,76 +166,15 @@ def test_no_orphans(victim: str, number: signal.Signals, tmp_path: Path) -> None
         started.wait()
 
 
-def node(n: int, logs: Path, **words: Any) -> subprocess.Popen[str]:
-    """One of two nodes, each in a network of its own."""
-    env = {"GLOO_SOCKET_IFNAME": f"llmkit{n}", "PAUSE": "1"}
-    code = f"""
-import json
-from llmkit.training.launch import launch
-done = launch({RANKS!r} + ":resumable", 1, 2, {words!r}, node={n}, endpoint="10.79.0.1:29720",
-    address="10.79.0.{n + 1}", restarts=10, deadline=90, env={env!r})
-print("VALUE", json.dumps(done.value))
-"""
-    command = ["ip", "netns", "exec", f"llmkit{n}", sys.executable, "-c", code]
-    with open(logs / f"node-{n}.log", "w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.fixture
-def networks() -> Any:
-    """Two network namespaces with a cable between them."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("network namespaces need root on Linux")
-
-    def ip(*words: str) -> int:
-        return subprocess.run(["ip", *words], capture_output=True).returncode
-
-    made = [ip("netns", "add", f"llmkit{n}") for n in (0, 1)]
-    cable = [
-        "link",
-        "add",
-        "llmkit0",
-        "netns",
-        "llmkit0",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "llmkit1",
-        "netns",
-        "llmkit1",
-    ]
-    if any(made) or ip(*cable):
-        for n in (0, 1):
-            ip("netns", "del", f"llmkit{n}")
-        pytest.skip("this machine does not let its root make network namespaces")
-    for n in (0, 1):
-        ip("-n", f"llmkit{n}", "addr", "add", f"10.79.0.{n + 1}/24", "dev", f"llmkit{n}")
-        ip("-n", f"llmkit{n}", "link", "set", f"llmkit{n}", "up")
-        ip("-n", f"llmkit{n}", "link", "set", "lo", "up")
-    yield ip
-    for n in (0, 1):
-        ip("netns", "del", f"llmkit{n}")
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(400)
-def test_a_node_cut_off_and_back(networks: Any, alone: dict[str, Any], tmp_path: Path) -> None:
+def test_a_node_cut_off_and_back(tmp_path: Path) -> None:
     """Two nodes; the cable is out for eight seconds in mid-run; the losses are those of one process."""
-    words = {"name": "ddp", "home": str(tmp_path), "deaths": [], "steps": 8}
-    nodes = [node(n, tmp_path, **words) for n in (0, 1)]
     try:
-        assert until(lambda: (tmp_path / "step-3" / "portable.json").exists(), 90)
-        networks("-n", "llmkit1", "link", "set", "llmkit1", "down")
-        time.sleep(8)
-        networks("-n", "llmkit1", "link", "set", "llmkit1", "up")
-        assert [p.wait(180) for p in nodes] == [0, 0]
-    finally:
-        for p in nodes:
-            p.kill()
-            p.wait()
-    last = (tmp_path / "node-0.log").read_text().splitlines()[-1]
-    assert close(json.loads(last.removeprefix("VALUE ")), alone["losses"])
+        found = two_nodes(tmp_path)
+    except MissingError as e:
+        pytest.skip(str(e))
+    assert close(found["losses"], training())
 
 
 def test_errors_of_ranks_are_errors_here(tmp_path: Path) -> None:

@@ -23,15 +23,15 @@ def cpu_info(text: str) -> tuple[str, str]:
     return fields.get("model name", platform.machine()), " ".join(useful)
 
 # %% ../../nbs/benchmarks/07a_machine.ipynb #e0d521ed
-def machine() -> dict[str, str]:
-    "This machine and the versions of what is measured on it."
+def machine(*packages: str) -> dict[str, str]:
+    "This machine and the versions of what is measured on it: of llmkit, and of `packages`."
     import psutil
 
     info = Path("/proc/cpuinfo")
     name, instructions = cpu_info(info.read_text() if info.exists() else "")
     found = {"processor": name, "instructions": instructions, "cores": str(os.cpu_count())}
     found |= {"memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB", "python": platform.python_version()}
-    for package in ("llmkit", "onnxruntime", "torch", "transformers"):
+    for package in ("llmkit", *packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

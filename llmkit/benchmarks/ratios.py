@@ -12,8 +12,8 @@ from statistics import median
 from typing import Any
 
 # %% auto #0
-__all__ = ['FASTER', 'BARE', 'QUIET', 'BARS', 'Sample', 'values', 'ratio', 'Bar', 'fastest', 'middle', 'table_row', 'comparison',
-           'margin', 'plot_comparison', 'label', 'said']
+__all__ = ['FASTER', 'BARE', 'QUIET', 'BARS', 'MOST', 'Sample', 'values', 'ratio', 'Bar', 'fastest', 'middle', 'table_row',
+           'comparison', 'margin', 'plot_comparison', 'label', 'said']
 
 # %% ../../nbs/benchmarks/06_ratios.ipynb #f80c55ee
 @dataclass(frozen=True, slots=True)
@@ -111,19 +111,22 @@ def table_row(samples: Sequence[Sample], bar: Bar, reasons: dict[str, str]) -> d
 # %% ../../nbs/benchmarks/06_ratios.ipynb #fc73b4fc
 def comparison(samples: Sequence[Sample], reasons: dict[str, str], bars: Sequence[Bar] = BARS) -> list[dict[str, Any]]:
     "The rows of the bars, and after them what was measured without one."
-    rows = [table_row(samples, bar, reasons) for bar in bars]
-    shown = {(row["what"], row["peer"]) for row in rows}
-    mine = {s.what for s in samples if s.who == "llmkit"}
-    others = dict.fromkeys((s.what, s.who) for s in samples if s.who != "llmkit" and s.what in mine)
-    alone = mine - {what for what, _ in [*shown, *others]}
-    others |= dict.fromkeys((what, "") for what in sorted(alone))
-    return rows + [table_row(samples, Bar(w, p, math.nan), reasons) for w, p in others if (w, p) not in shown]
+    asked, mine = {(bar.what, bar.peer) for bar in bars}, {s.what for s in samples if s.who == "llmkit"}
+    theirs = [(s.what, FASTER if s.who.startswith(FASTER) else s.who) for s in samples if s.who != "llmkit"]
+    others = {pair: Bar(*pair, math.nan) for pair in theirs if pair[0] in mine}
+    alone = mine - {what for what, _ in [*asked, *others]}
+    others |= {(what, ""): Bar(what, "", math.nan) for what in sorted(alone)}
+    more = [bar for pair, bar in others.items() if pair not in asked]
+    return [table_row(samples, bar, reasons) for bar in [*bars, *more]]
 
 # %% ../../nbs/benchmarks/06_ratios.ipynb #54277875
 def margin(row: dict[str, Any], lower: bool) -> float:
-    "How many times better than its bar a row is; above 1 the bar is met."
+    "How many times better than its bar a row is; from 1 on the bar is met."
     value = row["ratio"] if row["peer"] else row["llmkit"]
-    return row["bar"] / value if lower else value / row["bar"]
+    return row["bar"] / max(value, 1e-12) if lower else value / row["bar"]
+
+# %% ../../nbs/benchmarks/06_ratios.ipynb #00d59db3
+MOST = 4.0  # where a bar of the figure ends: a difference of nothing is infinitely better than any bar
 
 # %% ../../nbs/benchmarks/06_ratios.ipynb #a0eb85cf
 def plot_comparison(rows: Sequence[dict[str, Any]], bars: Sequence[Bar] = BARS) -> Any:
@@ -133,7 +136,7 @@ def plot_comparison(rows: Sequence[dict[str, Any]], bars: Sequence[Bar] = BARS) 
     lower = {(b.what, b.peer): b.lower for b in bars}
     shown = [r for r in rows if r["bar"] is not None and not r["verdict"].startswith("not")][::-1]
     sides = [lower.get((r["what"], r["peer"]), any(b.lower for b in bars if b.what == r["what"])) for r in shown]
-    margins = [margin(r, side) for r, side in zip(shown, sides, strict=True)]
+    margins = [min(margin(r, side), MOST) for r, side in zip(shown, sides, strict=True)]
     fig, ax = plt.subplots(figsize=(7, 0.6 + 0.3 * max(len(shown), 2)))
     ax.barh([label(r) for r in shown], margins, color=["#c44" if m < 1 else "#4a8" for m in margins])
     for i, (row, m) in enumerate(zip(shown, margins, strict=True)):

@@ -5,9 +5,7 @@
 # %% ../../nbs/benchmarks/08_round.ipynb #e79f9b10
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ from . import bare, gguf, ours, peers
 from .job import PEERS, WORK, ServingBench, Work
 from .load import Timed, load, summary
 from .model import Prompts
-from .ratios import BARE, FASTER, QUIET, Sample
-from ..core.errors import LLMKitError, ServiceError
+from .ratios import BARE, FASTER, QUIET
+from .samples import Samples
+from ..core.errors import ServiceError
 
 # %% auto #0
 __all__ = ['KEYS', 'Bench', 'get_llama', 'get_server', 'get_peers', 'our_engines', 'other_engines', 'in_turn', 'bare_engines',
@@ -26,15 +25,13 @@ __all__ = ['KEYS', 'Bench', 'get_llama', 'get_server', 'get_peers', 'our_engines
 
 # %% ../../nbs/benchmarks/08_round.ipynb #679f331a
 @dataclass(slots=True)
-class Bench:
-    "The model, what is measured so far, and the peers that are there."
+class Bench(Samples):
+    "The model, the peers that are there, and what is measured so far."
 
     cfg: ServingBench
     folder: Path  # of the model
     prompts: Prompts
     variants: dict[str, str]  # why a variant could not be made, or nothing
-    samples: list[Sample] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)  # by peer or by measurement
     servers: list[peers.Peer] = field(default_factory=list)
     programs: Path = Path()  # of llama.cpp
     weights: Path = Path()  # for llama.cpp and OpenVINO
@@ -47,20 +44,6 @@ class Bench:
     def variant(self, kind: str) -> str:
         "The variant for 'latency' or for 'throughput'."
         return bare.usable(getattr(self.cfg, kind), self.variants)
-
-    def add(self, turn: int, what: str, who: str, value: float, unit: str, note: str = "") -> None:
-        "Keep one measured number; what could not be told (nan) is left out."
-        if not math.isnan(value):
-            self.samples.append(Sample(turn, what, who, value, unit, note))
-
-    @contextmanager
-    def part(self, *names: str) -> Iterator[None]:
-        "Run a part; an error of ours becomes the reason of `names`, and is printed."
-        try:
-            yield
-        except LLMKitError as e:
-            self.reasons |= dict.fromkeys(names, str(e))
-            print(f"{', '.join(names)}: {e}")
 
 # %% ../../nbs/benchmarks/08_round.ipynb #3edacf45
 def get_llama(bench: Bench) -> None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "run": ("llmkit.cli.commands:run", "Run one job notebook, its parameters checked first."),
     "plan": ("llmkit.cli.plan:plan_command", "Say what a training run on GPUs will take, before it is paid for."),
     "train": ("llmkit.cli.train:train", "Train a model, on one process or many."),
+    "compare": ("llmkit.cli.commands:compare", "Compare two evaluated models, document by document."),
     "serve": ("llmkit.cli.serve:serve", "Serve models through an OpenAI-compatible API."),
     "demo": ("llmkit.demos.chat:chat", "Open a chat in the browser over a served model."),
     "doctor": ("llmkit.cli.commands:doctor", "Show which engines, accelerators, extras and services are here."),

@@ -17,8 +17,8 @@ from ..core.run import read_json
 from .split import SPLITS
 
 # %% auto #0
-__all__ = ['SCHEMA', 'write_jsonl', 'divide', 'window_starts', 'cut_windows', 'DataFolder', 'read_rows', 'Prepared',
-           'profile_tables']
+__all__ = ['SCHEMA', 'write_jsonl', 'divide', 'window_starts', 'part_spans', 'cut_windows', 'DataFolder', 'read_rows', 'Prepared',
+           'window_homes', 'profile_tables']
 
 # %% ../../nbs/data/02d_prepared.ipynb #c28d4e53
 SCHEMA = "llmkit.data/1"
@@ -51,6 +51,16 @@ def window_starts(spans: list[tuple[int, int]], n: int, length: int) -> np.ndarr
         if stride == 1 or sum(map(len, starts)) >= n:
             return np.concatenate([np.zeros(0, dtype=np.int64), *starts]).astype(np.int64)
         stride = max(1, stride // 2)
+
+# %% ../../nbs/data/02d_prepared.ipynb #7415fe3e
+def part_spans(
+    sizes: list[int],  # tokens of each document, its end-of-text id not counted
+    part: int,
+    parts: int,
+) -> list[tuple[int, int]]:
+    "`(start, end)` in a split's tokens of the documents of one of `parts` groups."
+    ends = np.cumsum(np.array(sizes, dtype=np.int64) + 1) - 1
+    return [(int(ends[i]) - sizes[i], int(ends[i])) for i in divide(sizes, parts)[part]]
 
 # %% ../../nbs/data/02d_prepared.ipynb #6ef6c954
 def cut_windows(tokens: np.ndarray, starts: np.ndarray, n: int, length: int, seed: int) -> np.ndarray:
@@ -117,13 +127,21 @@ class Prepared(DataFolder):
     def windows(self, split: str, n: int, length: int, part: int = 0, parts: int = 4, seed: int = 0) -> np.ndarray:
         "`n` windows of tokens, int64 [n, length], each inside one document; different parts share no document."
         sizes = [d["tokens"] for d in self.documents(split)]
-        ends = np.cumsum(np.array(sizes, dtype=np.int64) + 1) - 1
-        spans = [(int(ends[i]) - sizes[i], int(ends[i])) for i in divide(sizes, parts)[part]]
-        starts = window_starts(spans, n, length)
+        starts = window_starts(part_spans(sizes, part, parts), n, length)
         if len(starts) < n:
             found = f"part {part} of {parts} of the {split} split has {len(starts)} windows of {length} tokens, not {n}"
             raise DataError(found, "prepare more data, or ask for fewer or shorter windows")
         return cut_windows(self.tokens(split), starts, n, length, seed)
+
+# %% ../../nbs/data/02d_prepared.ipynb #cab0503e
+def window_homes(
+    prepared: Prepared, split: str, n: int, length: int, part: int = 0, parts: int = 4, seed: int = 0
+) -> np.ndarray:
+    "For each of the windows that `prepared.windows` gives, the number of its document in the split; [n]."
+    sizes = [d["tokens"] for d in prepared.documents(split)]
+    starts = window_starts(part_spans(sizes, part, parts), n, length)
+    owner = np.repeat(np.arange(len(sizes)), np.array(sizes) + 1)
+    return cut_windows(owner, starts, n, 1, seed)[:, 0]
 
 # %% ../../nbs/data/02d_prepared.ipynb #ecb318d5
 def profile_tables(profile: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core.card import ModelCard
 from .ngram import Trigram, Unigram
-from .perplexity import bits_per_byte, bytes_per_token, score
+from .perplexity import Score, bits_per_byte, bytes_per_token, score
 from ..training.stream import seen
 
 # %% auto #0
@@ -43,13 +43,14 @@ def compare(
     card: ModelCard,
     windows: np.ndarray,  # held-out token ids [n, length]
     tune: np.ndarray,  # other held-out windows, for the trigram's shares
+    scored: Score | None = None,  # what the model made of the windows, where that is known
 ) -> list[dict[str, Any]]:
     "Rows `{'model', 'trained on (tokens)', 'perplexity', 'bits a byte'}`, the model itself first."
     vocab, whole = len(prepared.tokenizer), np.asarray(prepared.tokens("train"))
     rows = same_tokens(prepared, card)
     fair, width = (whole if rows is None else rows), bytes_per_token(prepared.tokenizer, windows[:, 2:])
     trained_on = card.data.get("run", {}).get("tokens_seen", 0)
-    found = [("the model", trained_on, score(model, windows).later)]
+    found = [("the model", trained_on, (scored or score(model, windows)).later)]
     found.append(("untrained, same shape", 0, score(untrained(model), windows).later))
     found.append(("unigram", fair.size, Unigram(fair.ravel(), vocab).nats(windows)))
     found.append(("trigram, the same tokens", fair.size, Trigram(fair, vocab, tune).nats(windows)))

@@ -20,12 +20,13 @@ import numpy as np
 
 from ..core.errors import DataError
 from ..core.progress import Progress
+from .documents import Documents
 from ..security.doctests import examples_of, members, run_doctests
 from ..security.sandbox import Limits
 
 # %% auto #0
 __all__ = ['exact', 'common', 'edit_similarity', 'text_scores', 'pass_at_k', 'DocTask', 'make_task', 'doctest_tasks', 'Judged',
-           'judge_one', 'read_judged', 'judge', 'pass_rates', 'sound', 'indent']
+           'judge_one', 'read_judged', 'judge', 'pass_rates', 'pass_documents', 'sound', 'indent']
 
 # %% ../../nbs/evaluation/02a_code.ipynb #415d7ea2
 def exact(answer: str, truth: str) -> bool:
@@ -199,6 +200,14 @@ def pass_rates(rows: Iterable[Judged], ks: Sequence[int] = (1,)) -> dict[str, fl
     if not by_task:
         raise DataError("no candidates were judged", "give bodies for the tasks' keys")
     return {f"pass@{k}": float(np.mean([pass_at_k(len(r), sum(r), k) for r in by_task.values()])) for k in ks}
+
+# %% ../../nbs/evaluation/02a_code.ipynb #b37f497d
+def pass_documents(rows: Iterable[Judged], k: int = 1) -> Documents:
+    "The estimate of pass@k of each task."
+    by_task: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        by_task[row.task].append(row.right)
+    return Documents(list(by_task), np.array([pass_at_k(len(r), sum(r), k) for r in by_task.values()]))
 
 # %% ../../nbs/evaluation/02a_code.ipynb #3ba84111
 def sound(

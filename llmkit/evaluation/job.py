@@ -5,15 +5,33 @@
 # %% ../../nbs/evaluation/00_job.ipynb #6fa98c44
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge
 
-from ..core.config import Config
+from ..core.config import Config, nearest
+from .gate import known_names, load_gate
+
+OWN_TASKS = ("answers", "holes", "texts")  # of evaluation.owntasks
 
 # %% auto #0
-__all__ = ['EvaluateJob', 'RegisterJob']
+__all__ = ['OWN_TASKS', 'SURE', 'MEASURED', 'unknown_task', 'EvaluateJob', 'RegisterJob']
+
+# %% ../../nbs/evaluation/00_job.ipynb #d1e18755
+SURE = ("perplexity", "accuracy", "fim_exact")  # with an interval: NAME_low and NAME_high beside them
+MEASURED = (*SURE, *(f"{name}_{end}" for name in SURE for end in ("low", "high")), "bits_per_byte", "fim_trivial")
+MEASURED += tuple(f"perplexity_{other}" for other in ("untrained", "unigram", "trigram", "trigram_whole"))
+MEASURED += ("distinct", "most_frequent", "circling", "answers")
+
+# %% ../../nbs/evaluation/00_job.ipynb #19ef740e
+def unknown_task(tasks: list[str]) -> str:
+    "What is wrong with the first task that is neither a file nor one of llmkit's own; empty if all are known."
+    for task in tasks:
+        if task not in OWN_TASKS and not Path(task).is_file():
+            return f"{task!r}: {'is no file' if Path(task).suffix in ('.yaml', '.yml') else nearest(task, OWN_TASKS)}"
+    return ""
 
 # %% ../../nbs/evaluation/00_job.ipynb #62a539aa
 @dataclass(kw_only=True)
@@ -28,8 +46,22 @@ class EvaluateJob(Config):
     answers: Annotated[int, Ge(1)] = 8  # held-out prompts to answer
     max_tokens: Annotated[int, Ge(1)] = 12  # tokens of an answer
     holes: Annotated[int, Ge(1)] = 16  # held-out holes to fill
+    tasks: list[str] = field(default_factory=list)  # YAML files in lm-eval's format; or answers, holes, texts
+    task_documents: Annotated[int, Ge(0)] = 0  # of each task, at most; 0 for all, 64 of answers, holes and texts
+    chat: bool = False  # prompts of task files as turns of a conversation
+    against: str = ""  # run folder of evaluate_model for another model, to compare with
     bounds: Literal["strict", "smoke"] = "smoke"  # strict for any model that matters; smoke tests the job
+    gate: str = ""  # YAML or JSON file of further bounds
     seed: int = 0
+
+    def validate(self) -> None:
+        if wrong := unknown_task(self.tasks):
+            self.fail("tasks", f"must name task files, or {', '.join(OWN_TASKS)}; {wrong}")
+        if self.against and not (Path(self.against) / "documents.json").is_file():
+            self.fail("against", "must be the run folder of an evaluate_model: it holds no documents.json")
+        if self.gate:
+            asked = [b for b in load_gate(self.gate) if "/" not in b.metric]
+            known_names(asked, MEASURED, self.gate)
 
     @classmethod
     def tiny(cls, **values: Any) -> Self:
@@ -51,11 +83,16 @@ class RegisterJob(Config):
     data: str = ""  # folder of prepared data; empty for a tiny one
     model: str = ""  # model folder; empty for one trained in seconds
     evaluation: str = ""  # run folder of evaluate_model; without one no model becomes champion
+    gate: str = ""  # YAML or JSON file of bounds that a first champion must meet, on top of the evaluation's
     name: str = "llmkit"  # registered name
     tracking: str = ""  # registry, for example sqlite:///runs/mlflow.db; empty for one in the run folder
     prompts: Annotated[int, Ge(20)] = 40  # held-out prompts for the reference profile
     prompt_tokens: Annotated[int, Ge(0)] = 16  # length of a prompt; 0 for the length that the monitor expects
     seed: int = 0
+
+    def validate(self) -> None:
+        if self.gate:
+            load_gate(self.gate)
 
     @classmethod
     def tiny(cls, **values: Any) -> Self:

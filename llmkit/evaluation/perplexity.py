@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..core.errors import DataError
+from .documents import Documents, grouped, interval
 
 Logits = Callable[[np.ndarray], Any]  # [batch, length] token ids -> [batch, length, vocab] logits
 
@@ -29,6 +30,8 @@ class Score:
     accuracy: float  # share of tokens that were the model's first guess, 0..1
     tokens: int  # that were predicted
     losses: np.ndarray  # nats, float32 [windows, length - 1]
+    hits: np.ndarray  # whether each token was the first guess, bool [windows, length - 1]
+    windows: np.ndarray  # the token ids [windows, length]
 
     @property
     def perplexity(self) -> float:
@@ -39,6 +42,18 @@ class Score:
     def later(self) -> float:
         "Mean loss (nats) from the third token of each window on: what compares with a trigram model."
         return float(self.losses[:, 1:].mean(dtype=np.float64))
+
+    def documents(self, homes: np.ndarray | None = None) -> Documents:
+        "The losses behind `later` by document; `homes` says which document each window is from, None that all differ."
+        return grouped(self.windows, self.losses[:, 1:], homes)
+
+    def guesses(self, homes: np.ndarray | None = None) -> Documents:
+        "The share of right first guesses by document."
+        return grouped(self.windows, self.hits, homes, "mean", "higher")
+
+    def interval(self, homes: np.ndarray | None = None) -> tuple[float, float]:
+        "The 95 % interval of the perplexity of `later`: where it lies over all documents like these."
+        return interval(self.documents(homes))
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #e3f7e62a
 def as_logits(model: Any) -> Logits:
@@ -61,15 +76,16 @@ def score(
     "Loss and accuracy of the next token over held-out windows."
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise DataError(f"windows of shape {windows.shape}", "give token ids [n, length] with n >= 1 and length >= 2")
-    logits_of, losses, hits = as_logits(model), [], 0
+    logits_of, losses, hits = as_logits(model), [], []
     for i in range(0, len(windows), batch):
         ids = windows[i : i + batch]
         logits = torch.as_tensor(logits_of(ids[:, :-1])).float()
         wanted = torch.as_tensor(ids[:, 1:]).long()
         losses.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").numpy())
-        hits += int((logits.argmax(-1) == wanted).sum())
-    table = np.concatenate(losses)
-    return Score(float(table.mean(dtype=np.float64)), hits / table.size, table.size, table)
+        hits.append((logits.argmax(-1) == wanted).numpy())
+    table, right = np.concatenate(losses), np.concatenate(hits)
+    nats, accuracy = float(table.mean(dtype=np.float64)), float(right.mean())
+    return Score(nats, accuracy, table.size, table, right, np.asarray(windows))
 
 # %% ../../nbs/evaluation/01_perplexity.ipynb #149cf220
 def perplexity(model: Any, windows: np.ndarray) -> float:

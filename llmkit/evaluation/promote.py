@@ -5,6 +5,7 @@
 # %% ../../nbs/evaluation/05_promote.ipynb #373ae918
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..core.card import ModelCard
 from ..core.errors import ModelError
 from ..core.registry import get_version, register, set_alias
 from ..core.run import read_result
+from .gate import Bound, judge
 
 # %% auto #0
 __all__ = ['gate_passed', 'Registration', 'register_model']
@@ -20,6 +22,7 @@ __all__ = ['gate_passed', 'Registration', 'register_model']
 def gate_passed(
     evaluation: str | Path,  # run folder of evaluate_model, or empty
     revision: str,  # of the model that is to be registered
+    gate: Sequence[Bound] = (),  # further bounds, which the numbers of the evaluation must meet
 ) -> bool:
     "Whether an evaluation of `revision` met all its bounds; False without one, `ModelError` if it is of another model."
     if not evaluation:
@@ -30,7 +33,8 @@ def gate_passed(
         raise ModelError(
             f"{evaluation} evaluated revision {judged}, not {revision}", "evaluate this model, or give its own run"
         )
-    return bool(result["gate"]) and all(c["passed"] for c in result["gate"])
+    met = all(c.passed for c in judge(gate, result["metrics"]))
+    return met and bool(result["gate"]) and all(c["passed"] for c in result["gate"])
 
 # %% ../../nbs/evaluation/05_promote.ipynb #1cacc40f
 @dataclass
@@ -48,10 +52,11 @@ def register_model(
     name: str,
     uri: str,  # the registry, e.g. sqlite:///runs/mlflow.db
     evaluation: str | Path = "",  # run folder of evaluate_model
+    gate: Sequence[Bound] = (),  # bounds of the throne, on top of the evaluation's own
 ) -> Registration:
     "Register `folder` as `candidate`, and as `champion` if there is none and its gate passed."
     card = ModelCard.load(folder)
-    passed = gate_passed(evaluation, card.revision)
+    passed = gate_passed(evaluation, card.revision, gate)
     tags = {"revision": card.revision, "gate": "passed" if passed else "not passed"}
     version = register(folder, name, uri, tags=tags)
     set_alias(name, "candidate", version, uri)

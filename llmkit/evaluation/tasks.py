@@ -15,10 +15,11 @@ from ..core.errors import DataError
 from ..core.tiny import END_IDS
 from ..data.code import fim_prompt
 from ..data.tokenizer import encode_texts
+from .documents import Documents, named
 
 # %% auto #0
-__all__ = ['left_pad', 'greedy', 'until_end', 'chat_prompts', 'spread', 'generations', 'fim_exact_match', 'commonest_middle',
-           'circles', 'collapse']
+__all__ = ['left_pad', 'greedy', 'until_end', 'chat_prompts', 'spread', 'generations', 'fim_exact_match', 'hole_documents',
+           'commonest_middle', 'circles', 'collapse']
 
 # %% ../../nbs/evaluation/02_tasks.ipynb #7272eb81
 def left_pad(
@@ -98,6 +99,15 @@ def fim_exact_match(
     ]
     hits = [r["filled"].strip() == r["truth"].strip() for r in rows]
     return float(np.mean(hits)), rows
+
+# %% ../../nbs/evaluation/02_tasks.ipynb #d0ba3953
+def hole_documents(
+    holes: list[dict[str, str]],
+    filled: list[dict[str, Any]],  # the rows of `fim_exact_match`
+) -> Documents:
+    "Whether each hole was filled exactly, by hole."
+    hits = [float(r["filled"].strip() == r["truth"].strip()) for r in filled]
+    return Documents(named([{k: h[k] for k in ("prefix", "middle", "suffix")} for h in holes]), hits)
 
 # %% ../../nbs/evaluation/02_tasks.ipynb #4ed2a5f4
 def commonest_middle(train: list[dict[str, str]], held: list[dict[str, str]]) -> float:

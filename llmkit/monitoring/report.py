@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Stages', 'CSS_PAGE', 'CSS_PARTS', 'cell', 'table_html', 'check_text', 'number_of', 'gate_html', 'inline_svg',
-           'read_stage', 'collect_stages', 'verdict', 'bars_html', 'links_html', 'stage_html', 'page_html',
-           'write_report', 'ReportJob']
+           'read_stage', 'collect_stages', 'verdict', 'bars_html', 'links_html', 'tiles_html', 'stage_html',
+           'page_html', 'write_report', 'ReportJob']
 
 # %% ../../nbs/monitoring/10_report.ipynb #72b2232d
 import os
@@ -154,6 +154,23 @@ def links_html(result: Mapping[str, Any], base: Path) -> str:
             links.append(f'<a href="{href}">{words(name)}</a>')
     return f'<p class="links">{" · ".join(links)}</p>' if links else ""
 
+# %% ../../nbs/monitoring/10_report.ipynb #c863d3e0
+def tiles_html(metrics: Mapping[str, float]) -> str:
+    "A tile a metric; `NAME_low` and `NAME_high` are shown behind `NAME`."
+    ends = {
+        f"{n}_{end}" for n in metrics for end in ("low", "high") if f"{n}_low" in metrics and f"{n}_high" in metrics
+    }
+    tiles = ""
+    for name, value in metrics.items():
+        if name in ends:
+            continue
+        unit, between = unit_of(name), ""
+        if f"{name}_low" in ends:
+            both = (number(metrics[f"{name}_{end}"], unit) for end in ("low", "high"))
+            between = f" <small>[{escape(', '.join(both))}]</small>"
+        tiles += f"<div><b>{escape(number(value, unit))}{between}</b>{words(name)}</div>"
+    return f'<div class="tiles">{tiles}</div>'
+
 # %% ../../nbs/monitoring/10_report.ipynb #334b8f2b
 def stage_html(name: str, result: Mapping[str, Any] | None, base: Path) -> str:
     "One stage: status, links, gate, metrics, tables, figures, and its parameters folded away."
@@ -161,8 +178,7 @@ def stage_html(name: str, result: Mapping[str, Any] | None, base: Path) -> str:
     status, tag = r.get("status", "missing"), escape(name)
     parts = [f'<section id="{tag}"><h2>{words(name)} <em class="{status}">{_WORDS.get(status, status)}</em></h2>']
     parts += [links_html(r, base), gate_html(r.get("gate", []))]
-    tiles = (f"<div><b>{escape(number(v, unit_of(k)))}</b>{words(k)}</div>" for k, v in r.get("metrics", {}).items())
-    parts.append(f'<div class="tiles">{"".join(tiles)}</div>')
+    parts.append(tiles_html(r.get("metrics", {})))
     parts += [table_html(rows, caption) for caption, rows in r.get("tables", {}).items() if rows]
     for i, (title, path) in enumerate(r.get("figures", {}).items()):
         parts.append(f"<figure>{inline_svg(path, f'{tag}{i}-')}<figcaption>{words(title)}</figcaption></figure>")
@@ -206,6 +222,7 @@ em.failed, em.gate_failed, .bad { color: var(--bad); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem; margin: .75rem 0; }
 .tiles div { background: var(--card); border-radius: .4rem; padding: .5rem .75rem; color: var(--soft);
   font-size: .85rem; overflow-wrap: anywhere; } .tiles b { display: block; color: var(--ink); font-size: 1.1rem; }
+  .tiles small { color: var(--soft); font-weight: 400; }
 .scroll { overflow-x: auto; margin: 1rem 0; } table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }

@@ -21,10 +21,11 @@ from ..core.progress import track
 from ..engine.prefix import PIECE
 from ..engine.runners import Runner, load_runner
 from ..engine.sampling import log_sum_exp
+from ..evaluation.gate import Bound, judge
 
 # %% auto #0
 __all__ = ['SPEEDS', 'NOISE', 'Quality', 'read_window', 'mean_loss', 'qualities', 'prefill_rate', 'decode_rate', 'speeds',
-           'variant_path', 'weight_bytes', 'compare', 'choose', 'plot_variants', 'record']
+           'variant_path', 'weight_bytes', 'compare', 'within', 'choose', 'plot_variants', 'record']
 
 # %% ../../nbs/optimization/07_compare.ipynb #62c32a67
 @dataclass(slots=True)
@@ -155,6 +156,12 @@ def compare(
 # %% ../../nbs/optimization/07_compare.ipynb #7709373a
 NOISE = 0.05  # two speeds this close are equal
 
+# %% ../../nbs/optimization/07_compare.ipynb #2f7e5fd1
+def within(quality_budget: float, perplexity: float, reference: float) -> bool:
+    "Whether a perplexity is within the budget: a gate of one bound, as in `evaluation.gate`."
+    limit = Bound(metric="perplexity", direction="at most", bound=1 + quality_budget, of="perplexity_reference")
+    return judge([limit], {"perplexity": perplexity, "perplexity_reference": reference})[0].passed
+
 # %% ../../nbs/optimization/07_compare.ipynb #e10e0f52
 def choose(
     variants: Sequence[Mapping[str, Any]],  # as `compare` returns them, torch first
@@ -164,7 +171,7 @@ def choose(
     rows = [dict(v) for v in variants]
     base, speed = rows[0]["perplexity"], "decode_tokens_per_s_8"
     loss = {r["name"]: r["perplexity"] / base - 1 for r in rows}
-    fit = [r for r in rows if r is rows[0] or loss[r["name"]] <= quality_budget]
+    fit = [r for r in rows if r is rows[0] or within(quality_budget, r["perplexity"], base)]
     top = max(r[speed] for r in fit)
     best = min((r for r in fit if r[speed] >= (1 - NOISE) * top), key=lambda r: (r["perplexity"], -r[speed]))
     for r in rows:

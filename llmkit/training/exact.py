@@ -5,6 +5,7 @@
 # %% ../../nbs/training/04e_exact.ipynb #bffee3a6
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from .history import Watch, plain_row
 from .rollouts import Rollouts, pack, unpack
 
 BUFFER, WHOLE = "rollouts.safetensors", "whole.json"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # trl imports it, and is told what it lacks
 
 # %% auto #0
 __all__ = ['BUFFER', 'WHOLE', 'Exact', 'trainer_class', 'last_checkpoint', 'without_bars', 'watcher', 'rows_of', 'train_with']

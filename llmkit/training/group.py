@@ -31,7 +31,7 @@ from llmkit.training.distributed import (
 from .portable import load_portable, save_portable, settings_of, tensors_of, whole
 
 # %% auto #0
-__all__ = ['JOINED', 'asked_world', 'arrive', 'join', 'gather', 'differ', 'check_losses', 'Many', 'Replicated', 'proved']
+__all__ = ['JOINED', 'LEFT', 'asked_world', 'arrive', 'join', 'gather', 'differ', 'check_losses', 'Many', 'Replicated', 'proved']
 
 # %% ../../nbs/training/02b_group.ipynb #e5f8aadc
 def asked_world(name: str) -> int:
@@ -122,6 +122,9 @@ def check_losses(losses: list[float], mean: float) -> None:
             "give each rank its own part of the batch: rows[rank::world]",
         )
 
+# %% ../../nbs/training/02b_group.ipynb #1116a1af
+LEFT: list[Any] = []  # groups that were left
+
 # %% ../../nbs/training/02b_group.ipynb #6d660aff
 class Many(Steps):
     "One of several processes."
@@ -157,6 +160,7 @@ class Many(Steps):
         "Leave the group."
         if dist.is_initialized():
             self.barrier()
+            LEFT.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 # %% ../../nbs/training/02b_group.ipynb #dfeab214

@@ -12,9 +12,10 @@ from annotated_types import Ge, Gt, Interval
 
 from ..core.config import Config
 from ..models.presets import find_shape
+from .adapter import LORA, Adapter, Method
 
 # %% auto #0
-__all__ = ['SHAPE', 'QUICKSTART', 'Shape', 'Pretraining', 'TrainJob']
+__all__ = ['SHAPE', 'QUICKSTART', 'Shape', 'Pretraining', 'FineTuning', 'TrainJob']
 
 # %% ../../nbs/training/00_job.ipynb #fdf986cd
 SHAPE = ("arch", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_length")
@@ -67,18 +68,46 @@ class Pretraining(Shape):
     mix: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of instruction rows in the late batches
     mix_from: Annotated[float, Interval(ge=0, le=1)] = 0.5  # where they begin, as a share of the steps
 
-# %% ../../nbs/training/00_job.ipynb #65397be7
+# %% ../../nbs/training/00_job.ipynb #44216ddb
 @dataclass(kw_only=True)
-class TrainJob(Pretraining):
-    "Parameters of train_model."
+class FineTuning(Pretraining):
+    "A run's fine-tuning."
 
     sft_steps: Annotated[int, Ge(0)] = 10  # of fine-tuning; 0 leaves it out
     sft_batch: Annotated[int, Ge(1)] = 8  # pairs in a step
     sft_length: Annotated[int, Ge(8)] = 256  # tokens; longer pairs are left out
     sft_lr: Annotated[float, Gt(0)] = 2e-3
-    rank: Annotated[int, Ge(1)] = 8  # of the LoRA matrices
-    alpha: Annotated[float, Gt(0)] = 16.0  # LoRA's output is scaled by alpha / rank
     sft_holes: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # share of holes to fill among the fine-tuning examples
+    adapter: Method = "lora"  # lora, qlora, dora, rslora, pissa, ia3 or prompt
+    rank: int | None = None  # of the adapter's matrices; None, here and below, is what is usual for the adapter
+    alpha: float | None = None  # their product is scaled by alpha / rank
+    dropout: float | None = None  # of what enters them
+    targets: str = ""  # attention, mlp, experts, all-linear or names, with commas between; empty is the usual
+    virtual_tokens: int | None = None  # of a prompt
+    quantization: Literal["nf4", "fp4"] | None = None  # of the frozen weights, under qlora
+    write: Literal["model", "adapter"] = "model"  # merged into the model, or beside it in a folder of its own
+
+    def tuned(self) -> Adapter:
+        "The adapter, checked."
+        dials = {n: getattr(self, n) for n in ("rank", "alpha", "dropout", "virtual_tokens", "quantization")}
+        names = [n.strip() for n in self.targets.split(",") if n.strip()]
+        return Adapter(method=self.adapter, targets=names or None, seed=self.seed, **dials)
+
+    def check_adapter(self, strategy: str) -> None:
+        "What the adapter can do: be merged, be cut into pieces by the strategy."
+        names = self.tuned().targets or ()
+        if self.write == "adapter" and not self.sft_steps:
+            self.fail("write", "must be model, for no adapter is trained: sft_steps is 0")
+        if self.write == "model" and self.adapter == "prompt" and self.sft_steps:
+            self.fail("write", "must be adapter under prompt, which cannot be merged into weights")
+        if strategy not in ("single", "ddp") and (self.adapter in ("qlora", "prompt") or "experts" in names):
+            self.fail("adapter", f"cannot be trained under {strategy} with these targets; take single or ddp")
+
+# %% ../../nbs/training/00_job.ipynb #65397be7
+@dataclass(kw_only=True)
+class TrainJob(FineTuning):
+    "Parameters of train_model."
+
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic; auto looks at the processor or GPU
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     compile: bool = False  # torch.compile; needs a C++ compiler
@@ -91,6 +120,7 @@ class TrainJob(Pretraining):
 
     def validate(self) -> None:
         "One process is strategy single, several are one of the others; several nodes meet in a folder."
+        self.check_adapter(self.strategy)
         processes = self.nproc * self.nnodes
         if (self.strategy == "single") != (processes == 1):
             self.fail(
@@ -110,7 +140,9 @@ class TrainJob(Pretraining):
     @classmethod
     def quickstart(cls, **over: Any) -> Self:
         "Two cores, about 100 seconds."
-        return cls(**(QUICKSTART | over))
+        other = over.get("adapter", "lora") not in LORA  # without a rank
+        values = {k: v for k, v in QUICKSTART.items() if not (other and k in ("rank", "alpha"))}
+        return cls(**(values | over))
 
 # %% ../../nbs/training/00_job.ipynb #d8320577
 QUICKSTART: dict[str, Any] = {

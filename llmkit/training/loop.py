@@ -17,7 +17,7 @@ import torch
 
 from ..core.errors import ConfigError, Preempted, RunError
 from ..models.moe import RouterStats
-from .distributed import Single, listed
+from .distributed import Single, bare, digest, listed
 from .meter import Meter, flops_per_token, measured_peak
 from .optim import set_rate
 from .recipe import Recipe, causal_loss, made_ready, objective_for, optimizers_for, train_step
@@ -178,14 +178,19 @@ def state_for(
     shapes = fingerprint({n: list(p.shape) for n, p in model.named_parameters()})
     size = sum(p.numel() for p in model.parameters())
     key = {"model": f"{size:,} parameters ({shapes})", "recipe": recipe.to_dict(), "data": batches.key} | more
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    if any(not p.requires_grad for p in model.parameters()):  # which no checkpoint holds
+        others = (t for n, t in model.state_dict().items() if n not in trained and isinstance(t, torch.Tensor))
+        key["frozen"] = digest(others)
     return State(folder, key, every, keep, recipe.seed)
 
 # %% ../../nbs/training/01d_loop.ipynb #2d88c263
 def write_gathered(strategy: Any, net: Any, path: Path) -> None:
-    "Write the weights of all ranks into one file; all ranks call it and return when it is there."
+    "Write the trained weights of all ranks into one file; all ranks call it and return when it is there."
     from safetensors.torch import save_file
 
-    weights = strategy.full_state(net)
+    trained = {n for n, p in bare(net).named_parameters() if p.requires_grad}
+    weights = {n: w for n, w in strategy.full_state(net).items() if n in trained}
     if strategy.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: w.contiguous() for name, w in weights.items()}, path)
@@ -194,10 +199,11 @@ def write_gathered(strategy: Any, net: Any, path: Path) -> None:
 # %% ../../nbs/training/01d_loop.ipynb #9e0ff14e
 @torch.no_grad()
 def read_gathered(model: Any, path: Path) -> Any:
-    "The weights of a file that `fit` wrote, put into `model`, which is returned."
+    "The trained weights of a file that `fit` wrote, put into `model`, which is returned."
     from safetensors.torch import load_file
 
     weights = load_file(path)
     for name, p in model.named_parameters():
-        p.copy_(weights[name])
+        if p.requires_grad:
+            p.copy_(weights[name])
     return model

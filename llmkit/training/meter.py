@@ -19,7 +19,7 @@ from ..core.errors import MissingError
 from ..core.progress import Progress
 
 # %% auto #0
-__all__ = ['flops_per_token', 'measured_peak', 'wait', 'peak_memory', 'board', 'speed', 'Meter', 'spoken']
+__all__ = ['flops_per_token', 'measured_peak', 'wait', 'peak_memory', 'board', 'speed', 'Listeners', 'Meter', 'spoken']
 
 # %% ../../nbs/training/01c_meter.ipynb #0ef0472e
 def flops_per_token(model: Any, length: int) -> float:
@@ -33,7 +33,9 @@ def flops_per_token(model: Any, length: int) -> float:
     needed = 0.0
     for p in model.parameters():
         if p.ndim > 1 and id(p) not in tables:
-            needed += p.numel() * (6 if p.requires_grad else 4) * (share if p.ndim == 3 else 1)
+            packed = getattr(p, "quant_state", None)  # of a weight in four bits, two in a byte
+            size = packed.shape.numel() if packed else p.numel()
+            needed += size * (6 if p.requires_grad else 4) * (share if p.ndim == 3 else 1)
     layers, width = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
     return needed + 12 * layers * width * length
 
@@ -78,7 +80,7 @@ def board() -> Any:
     return wandb.init(project=project)
 
 # %% ../../nbs/training/01c_meter.ipynb #9c7514f8
-def speed(meter: Meter, done: int) -> dict[str, float]:
+def speed(meter: Listeners, done: int) -> dict[str, float]:
     "Tokens a second, MFU, memory and seconds left after `done` steps."
     seconds = time.perf_counter() - meter.start
     rate = meter.tokens / seconds
@@ -87,8 +89,8 @@ def speed(meter: Meter, done: int) -> dict[str, float]:
     return {"tokens_per_s": rate, **mfu, "memory_bytes": peak_memory(meter.device), "seconds_left": left}
 
 # %% ../../nbs/training/01c_meter.ipynb #41ff35c1
-class Meter:
-    "Tells whoever listens how a training goes."
+class Listeners:
+    "Who is told how a training goes, and since when."
 
     def __init__(
         self,
@@ -107,6 +109,10 @@ class Meter:
         self.wanted = bool(self.progress.path or log or self.board) and not quiet
         self.flops, self.peak = cost() if self.wanted else (0.0, 0.0)
         self.start = time.perf_counter()
+
+# %% ../../nbs/training/01c_meter.ipynb #a17fdf53
+class Meter(Listeners):
+    "Tells whoever listens how a training goes."
 
     def due(self, done: int) -> bool:
         "Whether the log is told after `done` steps; the same on every rank."

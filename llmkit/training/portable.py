@@ -26,7 +26,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 # %% ../../nbs/training/02a_portable.ipynb #821d2c11
 def tensors_of(model: Any, optimizers: list[Any]) -> dict[str, Any]:
-    "Parameters, buffers that a checkpoint keeps, and optimizer states of an unwrapped model, each under its name."
+    "What is trained, buffers and optimizer states of an unwrapped model, each under its name."
     found = {f"model/{name}": tensor.detach() for name, tensor in kept(model)}
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -36,9 +36,9 @@ def tensors_of(model: Any, optimizers: list[Any]) -> dict[str, Any]:
 
 # %% ../../nbs/training/02a_portable.ipynb #67701ba1
 def kept(model: Any) -> Iterator[tuple[str, Any]]:
-    "Names and tensors of a checkpoint; tied weights appear once."
+    "Names and tensors of a checkpoint: what is trained, and buffers; tied weights appear once."
     state = model.state_dict(keep_vars=True)
-    yield from model.named_parameters()
+    yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     yield from ((name, b) for name, b in model.named_buffers() if name in state)
 
 # %% ../../nbs/training/02a_portable.ipynb #ee998a66

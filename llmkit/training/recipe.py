@@ -23,8 +23,8 @@ from .optim import make_adamw, make_optimizers, wsd
 from .stream import Batch
 
 # %% auto #0
-__all__ = ['Numbers', 'Recipe', 'optimizers_for', 'causal_loss', 'attention_for', 'made_ready', 'objective_for', 'cut',
-           'train_step']
+__all__ = ['Numbers', 'Recipe', 'optimizers_for', 'next_token_loss', 'causal_loss', 'attention_for', 'made_ready',
+           'objective_for', 'cut', 'train_step']
 
 # %% ../../nbs/training/01_recipe.ipynb #1611546c
 @dataclass(kw_only=True)
@@ -82,6 +82,20 @@ def optimizers_for(recipe: Recipe, model: torch.nn.Module) -> list[torch.optim.O
         return make_optimizers(model, recipe.lr, recipe.table_lr)
     return [make_adamw(model, recipe.lr, recipe.weight_decay)]
 
+# %% ../../nbs/training/01_recipe.ipynb #ea9d12f2
+def next_token_loss(
+    model: Any,  # its output layer is used
+    hidden: torch.Tensor,  # [batch, length - 1, width], what its last layer gives at all but the last position
+    ids: torch.Tensor,  # [batch, length]
+    labels: torch.Tensor | None = None,  # as in `causal_loss`
+) -> torch.Tensor:
+    "Mean cross entropy (nats a token) of the next token, from what a model made of the text before it."
+    wanted = (ids if labels is None else labels)[:, 1:]
+    if labels is not None:
+        hidden, wanted = hidden[wanted != IGNORED], wanted[wanted != IGNORED]
+    logits = model.lm_head(hidden).float().flatten(0, -2)
+    return cross_entropy(logits, wanted.flatten()) if len(logits) else logits.sum()
+
 # %% ../../nbs/training/01_recipe.ipynb #41fc6236
 def causal_loss(
     model: Any,
@@ -92,11 +106,7 @@ def causal_loss(
     "Mean cross entropy (nats a token) of the next token, at the positions that have a label; 0 if there are none."
     places = None if position_ids is None else position_ids[:, :-1]
     hidden = model.model(input_ids=ids[:, :-1], position_ids=places, use_cache=False).last_hidden_state
-    wanted = (ids if labels is None else labels)[:, 1:]
-    if labels is not None:
-        hidden, wanted = hidden[wanted != IGNORED], wanted[wanted != IGNORED]
-    logits = model.lm_head(hidden).float().flatten(0, -2)
-    return cross_entropy(logits, wanted.flatten()) if len(logits) else logits.sum()
+    return next_token_loss(model, hidden, ids, labels)
 
 # %% ../../nbs/training/01_recipe.ipynb #7b97280d
 @contextmanager

@@ -188,6 +188,7 @@ class State(Checkpoints):
         path = write_snapshot(self.folder, point.done, fill, facts, first, agree)
         if first:
             prune(self.folder, point.done, self.keep)
+            log.info("%s holds %.2f MB", path, sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) / 1e6)
         return path
 
     def load(self, model: Any, optimizer: Any, strategy: Any) -> Point:

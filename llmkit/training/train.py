@@ -23,13 +23,14 @@ from .distributed import make_strategy, place
 from .job import TrainJob
 from .launch import StoppedError, launch, meeting
 from .loop import read_gathered
+from .merged import export_adapter, merge
 from .optim import resolve_precision
 from .peft import finetune
 from .pretrain import pretrain, start
 
 # %% auto #0
-__all__ = ['Log', 'Trained', 'account', 'named', 'joined', 'phases', 'train_here', 'train_rank', 'tell_lines', 'followed',
-           'train_many', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
+__all__ = ['Log', 'Save', 'Trained', 'account', 'named', 'joined', 'beside', 'card_for', 'phases', 'train_here', 'train_rank',
+           'tell_lines', 'followed', 'train_many', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
 
 # %% ../../nbs/training/03a_train.ipynb #41824b06
 @dataclass
@@ -40,6 +41,7 @@ class Trained:
     pretrain: list[float]
     finetune: list[float]
     card: ModelCard
+    adapter: Path | None = None  # the adapter's folder, if it was not merged into the model
 
 # %% ../../nbs/training/03a_train.ipynb #36f2bd5e
 def account(job: TrainJob, prepared: Any, parameters: int) -> dict[str, Any]:
@@ -75,9 +77,31 @@ def joined(job: TrainJob) -> Iterator[Any]:
     yield strategy
     strategy.close()  # not after a failure: it waits for the other ranks, which would hide what happened
 
+# %% ../../nbs/training/03a_train.ipynb #162e6071
+def beside(job: TrainJob, folder: Path) -> Path | None:
+    "Where the adapter is written; None if it is merged into the model."
+    return folder.with_name("adapter") if job.write == "adapter" else None
+
+# %% ../../nbs/training/03a_train.ipynb #0c7feed4
+def card_for(job: TrainJob, prepared: Any, parameters: int, losses: list[float], tuned: list[float]) -> ModelCard:
+    "The card of what a job trained."
+    last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
+    last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
+    base = ModelCard.load(job.base).revision if job.base else ""
+    return ModelCard(base_model=base, data=account(job, prepared, parameters), metrics=last)
+
 # %% ../../nbs/training/03a_train.ipynb #ef64f818
-def phases(job: TrainJob, prepared: Any, folder: Path | None, log: Log | None) -> tuple[Any, list[float], list[float]]:
-    "Pretrain and fine-tune in this process, or as one of several: the model and both phases' losses."
+Save = Callable[[Any, list[float], list[float]], Any]  # a plain model and the losses of both phases
+
+# %% ../../nbs/training/03a_train.ipynb #f70407c9
+def phases(
+    job: TrainJob,
+    prepared: Any,
+    folder: Path | None,
+    log: Log | None,
+    save: Save = lambda *_: None,  # is called once, with the model that the model folder is to hold
+) -> tuple[Any, list[float], list[float]]:
+    "Pretrain and fine-tune here, or as one of several processes: what was tuned, if anything, and both phases' losses."
     whole = folder / "pretrain.safetensors" if folder and job.strategy != "single" else None
     make = lambda: start(job, prepared.tokenizer)  # noqa: E731
     model = make()
@@ -85,23 +109,31 @@ def phases(job: TrainJob, prepared: Any, folder: Path | None, log: Log | None) -
         losses = pretrain(job, prepared, model, folder, strategy, named(log, ""), whole)
     again = (lambda: read_gathered(make(), whole)) if whole else None
     model = again() if again else model
+    if not job.sft_steps or job.write == "adapter":
+        save(model, losses, [])
     if not job.sft_steps:
-        return model, losses, []
+        return None, losses, []
     with joined(job) as strategy:
-        model, tuned = finetune(job, prepared, model, folder, strategy, named(log, "sft_"), again)
-    return model, losses, tuned
+        made, tuned = finetune(job, prepared, model, folder, strategy, named(log, "sft_"), again)
+    if job.write == "model":
+        save(merge(made), losses, tuned)
+    return made, losses, tuned
 
 # %% ../../nbs/training/03a_train.ipynb #2109d8e2
 def train_here(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path | None, log: Log | None) -> Trained:
-    "Both phases, and the model folder with its card, which rank 0 writes."
-    model, losses, tuned = phases(job, prepared, checkpoints, log)
-    last = {"train_loss": sum(losses[-20:]) / max(1, len(losses[-20:]))}
-    last |= {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])} if tuned else {}
-    base = ModelCard.load(job.base).revision if job.base else ""
-    card = ModelCard(base_model=base, data=account(job, prepared, count(model)), metrics=last)
-    if place("RANK") == 0:
-        save_model(model.cpu().eval(), prepared.tokenizer, folder, card)
-    return Trained(folder, losses, tuned, card)
+    "Both phases, the model folder with its card, and the adapter's if it stays one; rank 0 writes them."
+    cards, first, aside = list[ModelCard](), place("RANK") == 0, beside(job, folder)
+
+    def save(model: Any, losses: list[float], tuned: list[float]) -> None:
+        cards.append(card_for(job, prepared, count(model), losses, tuned))
+        if first:
+            save_model(model.cpu().eval(), prepared.tokenizer, folder, cards[0])
+
+    made, losses, tuned = phases(job, prepared, checkpoints, log, save)
+    if aside and first:
+        last = {"sft_loss": sum(tuned[-20:]) / len(tuned[-20:])}
+        export_adapter(made, aside, ModelCard(base_model=cards[0].revision, data=cards[0].data, metrics=last))
+    return Trained(folder, losses, tuned, cards[0], aside)
 
 # %% ../../nbs/training/03a_train.ipynb #c99fac9b
 def train_rank(job: dict[str, Any], data: str, folder: str, checkpoints: str) -> list[list[float]]:
@@ -161,7 +193,7 @@ def train_many(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path, lo
             losses = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
     except StoppedError as e:
         raise Preempted(e.message, e.hint) from e
-    return Trained(folder, *losses, ModelCard.load(folder))
+    return Trained(folder, losses[0], losses[1], ModelCard.load(folder), beside(job, folder))
 
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
 def train(

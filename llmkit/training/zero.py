@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigError, RunError, require
-from .distributed import Optimizers, Verified, bare, listed, place, trained
+from .distributed import Optimizers, Verified, bare, listed, trained
 from .group import Many, gather, proved
+from .operator import build_alone
 from .portable import check_fit, facts_of, kept, put_settings, read_into, save_portable, settings_of
 
 # %% auto #0
 __all__ = ['ELEMENTWISE', 'settings', 'check_optimizer', 'whole_weight', 'flats', 'link_states', 'zero_tensors', 'put_weight',
-           'own_part', 'put_state', 'Scale', 'Parted', 'Zero', 'Partitioned', 'parts', 'Zero1', 'Zero2', 'Zero3',
-           'build_alone']
+           'own_part', 'put_state', 'Scale', 'Parted', 'Zero', 'Partitioned', 'parts', 'Zero1', 'Zero2', 'Zero3']
 
 # %% ../../nbs/training/02f_zero.ipynb #d08c350a
 def settings(stage: int, precision: str) -> dict[str, Any]:
@@ -84,9 +83,9 @@ def zero_tensors(engine: Any) -> dict[str, torch.Tensor]:
     if state:
         link_states(engine.optimizer)
     found = {f"model/{n}": b.detach().cpu() for n, b in kept(model) if not isinstance(b, nn.Parameter)}
-    for name, p in model.named_parameters():
+    for name, p in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         found[f"model/{name}"] = whole_weight(p).cpu()
-        for key, value in state.items() if p.requires_grad else ():
+        for key, value in state.items():
             full = safe_get_full_optimizer_state(p, key).view(found[f"model/{name}"].shape) if value.ndim else value
             found[f"optimizer/{name}/{key}"] = full.detach().cpu().clone()
     return found
@@ -282,17 +281,3 @@ class Zero3(Partitioned):
     "Optimizer states, gradients and weights in parts."
 
     name, stage = "zero3", 3
-
-# %% ../../nbs/training/02f_zero.ipynb #86590b43
-def build_alone(strategy: Any) -> None:
-    "Have local rank 0 build deepspeed's operator for processors, if it has none yet, while the others wait."
-    if strategy.device.type != "cpu":
-        return
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    # Compiling may outlast the timeout of the strategy's group, which a barrier with a longer one does not lift.
-    patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=10))
-    if place("LOCAL_RANK") == 0:
-        ShareMemCommBuilder().load(verbose=False)
-    torch.distributed.barrier(patient)
-    torch.distributed.destroy_process_group(patient)
