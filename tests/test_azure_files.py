@@ -216,7 +216,7 @@ def commands(data: dict, path: str = "") -> Iterator[tuple[str, dict]]:
     if "command" in data:
         yield path or "job", data
     if "trial" in data:
-        both = data["trial"] | {k: data.get(k, {}) for k in ("inputs", "outputs")}
+        both = data["trial"] | {k: data.get(k, {}) for k in ("inputs", "outputs", "search_space")}
         yield "trial", both
     for name, step in data.get("jobs", {}).items():
         yield from commands(step, name)
@@ -240,7 +240,7 @@ def job_problems(data: dict) -> list[str]:
         if not book or not (ROOT / book[1]).is_file():
             wrong.append(f"{name}: runs no notebook that exists")
             continue
-        for kind in ("inputs", "outputs"):
+        for kind in ("inputs", "outputs", "search_space"):
             used = set(re.findall(r"\$\{\{%s\.(\w+)\}\}" % kind, text))  # noqa: UP031
             wrong += [f"{name}: {kind}.{u} is not defined" for u in sorted(used - set(inner.get(kind, {})))]
             wrong += [f"{name}: {kind}.{u} is used nowhere" for u in sorted(set(inner.get(kind, {})) - used)]
@@ -254,6 +254,9 @@ def job_problems(data: dict) -> list[str]:
                 fixed = inner.get("inputs", {}).get(given)
                 fixed = data.get("inputs", {}).get(given) if isinstance(fixed, str) and "parent." in fixed else fixed
                 value = value.replace(f"${{{{inputs.{given}}}}}", "x" if isinstance(fixed, dict) else str(fixed))
+            for given in re.findall(r"\$\{\{search_space\.(\w+)\}\}", value):  # its first value stands for all
+                fixed = inner.get("search_space", {}).get(given, {}).get("values", ["?"])[0]
+                value = value.replace(f"${{{{search_space.{given}}}}}", str(fixed))
             value = value.replace("$AZUREML_NODE_COUNT", "1")
             values[parameter] = value if option == "r" else ast.literal_eval(value)
         try:
@@ -299,7 +302,8 @@ BREAKS: list[tuple[str, Callable[[str], str], str]] = [
     ("evaluate", lambda s: s.replace("{inputs.bounds}", "{inputs.bound}"), "inputs.bound is not defined"),
     ("evaluate", lambda s: s.replace("bounds: strict", "bounds: tight"), "bounds"),
     ("optimize", lambda s: s.replace("  run:\n", "  rnu:\n"), "outputs.run is not defined"),
-    ("sweep", lambda s: s.replace("-p lr ${{inputs.lr}}", ""), "inputs.lr is used nowhere"),
+    ("sweep", lambda s: s.replace("-p lr ${{search_space.lr}}", ""), "search_space.lr is used nowhere"),
+    ("sweep", lambda s: s.replace("[0.0075,", "[-1,"), "lr"),
     ("train_to_register", lambda s: s.replace("prepare.outputs.run", "prepare.outputs.ran"), "prepare.outputs.ran"),
     ("train_to_register", lambda s: s.replace("jobs.train.", "jobs.trian."), "jobs.trian.outputs.run"),
     ("train_to_register", lambda s: s.replace("parent.inputs.seed", "parent.inputs.sed"), "parent.inputs.sed"),
