@@ -43,7 +43,7 @@ class Buildah:
 def pip_settings(folder: Path) -> list[str | Path]:
     """Options of `buildah bud` that give pip inside what pip has outside: its settings, and the files they name."""
     said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    lines: list[str] = ["[global]"]
+    settings: dict[str, str] = {}
     files: set[Path] = set()
     for line in said.stdout.splitlines():
         key, _, value = line.partition("=")
@@ -51,12 +51,12 @@ def pip_settings(folder: Path) -> list[str | Path]:
         if "." in name or name in ("config-file", "constraint"):
             continue
         value = value.strip("'").replace("\\n", " ")
-        lines.append(f"{name} = {value}")
+        settings[name] = value
         for word in value.split():
             path = Path(word.removeprefix("file://"))
             if path.is_absolute() and path.exists():  # an index beside its files: the folder of both
                 files.add(path.parent if word.startswith("file://") else path)
-    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
+    (folder / "pip.conf").write_text("[global]\n" + "".join(f"{n} = {v}\n" for n, v in settings.items()))
     mounts = [f"{folder / 'pip.conf'}:/etc/pip.conf:ro", *(f"{f}:{f}:ro" for f in sorted(files))]
     return [word for mount in mounts for word in ("--volume", mount)]
 
