@@ -38,6 +38,9 @@ def check_environment(sheet: Sheet, named: bool = True) -> None:
     if named or sheet.get("name") is not None:
         sheet.obey("name", name_of("environment"), required=named)
     sheet.obey("image", image)
+    ways = [key for key in ("image", "build") if sheet.get(key) is not None]
+    if len(ways) != 1:
+        sheet.say("image", "and build are both there" if ways else "and build are both missing", "give one of them")
     for key in ("build.path", "conda_file"):
         path = sheet.local(sheet.get(key))
         if path is not None and not path.exists():

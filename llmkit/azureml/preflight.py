@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import re
 import warnings
@@ -19,11 +20,11 @@ from .jobfiles import check_body, check_command, check_pipeline, check_sweep, co
 from .rules import gpus_of
 from .sheet import Problem, Sheet, demand, read_sheet
 from ..core.config import nearest
-from ..core.errors import DataError, require
+from ..core.errors import DataError, MissingError, require
 
 # %% auto #0
-__all__ = ['CHECKS', 'LOADERS', 'parts', 'check_file', 'check_job_compute', 'check_job_environment', 'check_together',
-           'yaml_files', 'deployments_of', 'hushed', 'sdk_load', 'refusal', 'check_sdk', 'preflight', 'vet']
+__all__ = ['CHECKS', 'LOADERS', 'WORDS', 'parts', 'check_file', 'check_job_compute', 'check_job_environment', 'check_together',
+           'yaml_files', 'deployments_of', 'hushed', 'sdk_load', 'refusals', 'flat', 'check_sdk', 'preflight', 'vet']
 
 # %% ../../nbs/azureml/02_preflight.ipynb #ca4bf0eb
 CHECKS: dict[str, Callable[[Sheet], None]] = {
@@ -120,7 +121,7 @@ def deployments_of(endpoint: Sheet, sheets: list[Sheet]) -> set[str]:
 # %% ../../nbs/azureml/02_preflight.ipynb #dde8d931
 LOADERS = {"command": "load_job", "sweep": "load_job", "pipeline": "load_job", "component": "load_component",
            "compute": "load_compute", "environment": "load_environment", "endpoint": "load_online_endpoint",
-           "deployment": "load_online_deployment", "schedule": "load_schedule", "data": "load_data",
+           "deployment": "load_online_deployment", "data": "load_data",
            "model": "load_model"}  # fmt: skip
 
 
@@ -143,29 +144,42 @@ def sdk_load(path: str | Path, kind: str) -> Any:
     with hushed():
         return getattr(sdk, LOADERS[kind])(source=str(path))
 
-# %% ../../nbs/azureml/02_preflight.ipynb #1bd90596
-def refusal(error: BaseException) -> tuple[str, str]:
-    "The key that the SDK's message names (empty if none), and what it says, in one line."
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    found = re.search(r"#? ?(?:Error|Validation).*?\n", text)
-    lines = [line.strip(" -#*") for line in text[found.end() if found else 0 :].splitlines()]
-    lines = [line for line in lines if line and "Details:" not in line and "(x)" not in line] or [
-        " ".join(text.split())
-    ]
-    key = next((m[1] for line in lines if (m := re.match(r"['\"]?([\w.]+)['\"]?:", line))), "")
-    wrong = re.search(r"\(x\) (.+)", text)
-    return key, " ".join((wrong[1] if wrong else lines[0]).split())[:240].rstrip(".")
+# %% ../../nbs/azureml/02_preflight.ipynb #989cc6d1
+WORDS = {"Unknown field.": "is no setting there", "Missing data for required field.": "is missing"}
 
 
+def refusals(text: str, key: str = "") -> list[tuple[str, str]]:
+    "The keys that a message of the SDK names, each with what it says about it."
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    at = plain.find("{", max(plain.find("failed:"), 0))
+    try:
+        found, _ = json.JSONDecoder().raw_decode(plain[at:])
+    except ValueError:
+        first = next((line.strip(" -#*") for line in plain.splitlines() if line.strip(" -#*")), plain)
+        return [(key, WORDS.get(first, first.rstrip(".")[:240]))]
+    if "errors" in found:
+        return [r for e in found["errors"] for r in refusals(str(e["message"]), e["path"].replace("*", ""))]
+    return [(k, WORDS.get(w, w.rstrip("."))) for k, w in flat(found)]
+
+
+def flat(found: Any, key: str = "") -> list[tuple[str, str]]:
+    "Messages at any depth, by dotted key."
+    if isinstance(found, dict):
+        return [r for k, v in found.items() for r in flat(v, f"{key}.{k}".strip("."))]
+    return [r for v in found for r in flat(v, key)] if isinstance(found, list) else [(key, str(found))]
+
+# %% ../../nbs/azureml/02_preflight.ipynb #591d8e0f
 def check_sdk(sheet: Sheet) -> None:
     "Note what the SDK says against a file."
     if sheet.kind not in LOADERS or sheet.problems:
         return
     try:
         sdk_load(sheet.path, sheet.kind)
-    except Exception as e:  # its loaders raise from six families, KeyError and TypeError among them
-        key, what = refusal(e)
-        sheet.say(key, what, "mend it; the schema is at the file's $schema")
+    except MissingError:
+        raise
+    except Exception as e:  # noqa: BLE001 - its loaders raise from six families, KeyError and TypeError among them
+        for key, what in refusals(str(e)):
+            sheet.say(key, what, "mend it; the editor's extension for Azure ML shows what is allowed")
 
 # %% ../../nbs/azureml/02_preflight.ipynb #fbc70d5d
 def preflight(
