@@ -48,13 +48,19 @@ def find_job(
 
 # %% ../../nbs/runner/01_inspect.ipynb #4cb97e93
 def parameter_cell(path: str | Path) -> str:
-    "Source of the cell tagged `parameters`; empty if the notebook has none."
+    "Source of the cell tagged `parameters`; `RunError` if there is none, or if the notebook is a run's executed copy."
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError) as e:
+        tagged = {tag: c for c in reversed(cells) for tag in c.get("metadata", {}).get("tags", [])}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise RunError(f"{path} is not a Jupyter notebook ({e})", "check the file") from e
-    tagged = (c for c in cells if "parameters" in c.get("metadata", {}).get("tags", []))
-    return next(("".join(c["source"]) for c in tagged), "")
+    if "injected-parameters" in tagged:
+        raise RunError(f"{path} is the executed copy of another run", "run the notebook that it was made from")
+    if "parameters" not in tagged:
+        raise RunError(
+            f"{path} has no cell tagged 'parameters'", "tag one, with a line `name = value  # help` for each"
+        )
+    return "".join(tagged["parameters"]["source"])
 
 # %% ../../nbs/runner/01_inspect.ipynb #a9eb18f7
 def parameters(path: str | Path) -> dict[str, Parameter]:
@@ -121,7 +127,7 @@ def field_types(path: str | Path) -> dict[str, Any]:
 def check(
     path: str | Path,
     given: dict[str, Any],  # parameters by name
-    text: bool = False,  # `given` are texts of a command line
+    text: bool = False,  # texts among `given` are a command line's
 ) -> dict[str, Any]:
     "All parameters of the job, `given` over the defaults; an unknown or ill-typed one is a `ConfigError`."
     known, hints, job = parameters(path), field_types(path), Path(path).stem
@@ -129,7 +135,7 @@ def check(
         if name not in known:
             raise ConfigError(f"{job} has no parameter {name!r}", nearest(name, known))
     values = {n: p.default for n, p in known.items()}
-    values |= {n: parse(v, hints[n]) if text else v for n, v in given.items()}
+    values |= {n: parse(v, hints[n]) if text and isinstance(v, str) else v for n, v in given.items()}
     if cls := config_class(path):
         return {n: v for n, v in cls.from_dict(values).to_dict().items() if n in values}
     for name, value in values.items():

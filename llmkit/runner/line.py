@@ -94,8 +94,9 @@ def same(what: str, before: dict[str, Any], now: dict[str, Any]) -> None:
 class Tracker:
     "Hands finished stages to MLflow, in a thread of its own."
 
-    def __init__(self, out: Path, line: str, parent: str | None = None) -> None:
-        self.uri, self.line, self.out = f"sqlite:///{out / 'mlflow.db'}", line, out
+    def __init__(self, out: Path, line: str, parent: str | None = None, uri: str | None = None) -> None:
+        self.uri, self.line, self.out = uri or f"sqlite:///{out / 'mlflow.db'}", line, out
+        self.artifacts = None if uri else out / "artifacts"
         self.thread = ThreadPoolExecutor(1, "tracker")
         self.started = self.thread.submit(self.start, parent)
 
@@ -103,7 +104,7 @@ class Tracker:
         "Make the line's run, unless there is one."
         from llmkit.core.tracking import start_parent
 
-        return parent or start_parent(self.uri, self.line, self.line, artifacts=self.out / "artifacts")
+        return parent or start_parent(self.uri, self.line, self.line, artifacts=self.artifacts)
 
     def log(self, folder: Path) -> str:
         "Log a stage's run folder and return the id of the line's run."

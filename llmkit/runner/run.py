@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,12 +19,13 @@ from typing import Any
 
 from ..core import errors
 from ..core.errors import LLMKitError, RunError
-from ..core.run import locked, read_json, write_json
+from ..core.run import Run, locked, read_json, write_json
+from .facts import write_facts
 from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'execute', 'claim', 'run_job']
+           'execute', 'placed', 'claim', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -160,12 +162,13 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
 
     try:
         with (
+            open(executed.parent / "log.txt", "a", encoding="utf-8") as log,
             tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets,
             interruptible(stop, lambda: asked(pids, timer)),
         ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
-            options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3"}
-            papermill.execute_notebook(notebook, executed, params, progress_bar=False, **options)
+            options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3", "progress_bar": False}
+            papermill.execute_notebook(notebook, executed, params, **options | {"stdout_file": log, "stderr_file": log})
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
@@ -177,6 +180,11 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         timer.cancel()
         stop()
         record.unlink(missing_ok=True)
+
+# %% ../../nbs/runner/02_run.ipynb #48b13a5c
+def placed(params: dict[str, Any], folder: Path) -> dict[str, Any]:
+    "`params` with the run folder as `out`, if the job takes it."
+    return params | ({"out": str(folder)} if "out" in params else {})
 
 # %% ../../nbs/runner/02_run.ipynb #6343d79f
 def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
@@ -192,25 +200,46 @@ def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
                 f"by {before['job']}" if before["job"] != notebook.stem else f"with other {', '.join(sorted(changed))}"
             )
             raise RunError(f"{folder} was made {what}", hint)
-    write_json(path, {"job": notebook.stem, "params": params})
+    write_json(path, {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd(), "params": params})
 
-# %% ../../nbs/runner/02_run.ipynb #d6fd4187
+# %% ../../nbs/runner/02_run.ipynb #dde245a7
+def account(
+    folder: Path,
+    job: str,
+    params: dict[str, Any],
+    started: float,  # seconds since 1970
+) -> dict[str, Any]:
+    "The `result.json` in a run folder, written here if the job wrote none."
+    path = folder / "result.json"
+    if not path.exists():
+        run = Run(folder, job, params)
+        run.started = run.result["started"] = started
+        run.finish()
+    return read_json(path)
+
+# %% ../../nbs/runner/02_run.ipynb #077bc0a5
+def execute_job(folder: Path, env: dict[str, str] | None = None) -> dict[str, Any]:
+    "Run, or continue, the job that `folder` was claimed for, and return its `result.json`; the folder must be held."
+    job, started = read_json(folder / "job.json"), time.time()
+    notebook, progress = Path(job["notebook"]), folder / "progress.jsonl"
+    end_leftover(folder)
+    progress.unlink(missing_ok=True)
+    write_facts(folder, notebook.parent)
+    execute(notebook, folder / notebook.name, job["params"], {"LLMKIT_PROGRESS": str(progress)} | (env or {}))
+    return account(folder, notebook.stem, job["params"], started)
+
+# %% ../../nbs/runner/02_run.ipynb #bcaf8daa
 def run_job(
     notebook: str | Path,  # a job notebook, or the bare name of one of llmkit's jobs
     out: str | Path,  # run folder, made if it is not there
     params: dict[str, Any] | None = None,
     env: dict[str, str] | None = None,  # added to the kernel's environment
-    text: bool = False,  # `params` are texts of a command line
+    text: bool = False,  # texts among `params` are a command line's
 ) -> dict[str, Any]:
-    "Run one job into `out` and return its `result.json` (empty if it writes none); parameters are checked first."
+    "Run one job into `out` and return its `result.json`; parameters are checked first."
     job, folder = find_job(notebook), Path(out).resolve()
-    values = check(job, params or {}, text)
-    values |= {"out": str(folder)} if "out" in values else {}
+    values = placed(check(job, params or {}, text), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        end_leftover(folder)
         claim(folder, job, values)
-        progress = folder / "progress.jsonl"
-        progress.unlink(missing_ok=True)
-        execute(job, folder / job.name, values, {"LLMKIT_PROGRESS": str(progress)} | (env or {}))
-    return read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+        return execute_job(folder, env)
