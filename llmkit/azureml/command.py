@@ -21,7 +21,7 @@ from ..runner.inspect import check, field_types, parameter_cell, parse
 
 # %% auto #0
 __all__ = ['PLACE', 'unbalanced', 'references', 'NotebookCall', 'words_of', 'notebook_words', 'notebook_call', 'decoded',
-           'encoded', 'notebook_problem', 'given_values', 'check_call']
+           'encoded', 'notebook_problem', 'resolved', 'given_values', 'check_call']
 
 # %% ../../nbs/azureml/02c_command.ipynb #29a5707e
 PLACE = re.compile(r"\$\{\{\s*([\w.-]+)\s*\}\}")  # ${{inputs.x}}
@@ -126,15 +126,28 @@ def notebook_problem(path: Path) -> tuple[str, str]:
         return "holds the outputs of another run", "take the source notebook, or clear it with nbdev_clean"
     return "", ""
 
-# %% ../../nbs/azureml/02c_command.ipynb #4d5036f1
+# %% ../../nbs/azureml/02c_command.ipynb #19e9c75e
+def resolved(call: NotebookCall, inputs: dict[str, Any]) -> NotebookCall:
+    "The call with every `${{inputs.x}}` replaced whose value stands in the file."
+    plain = {n: v.get("default") if isinstance(v, dict) else v for n, v in inputs.items()}
+
+    def fill(text: Any) -> Any:
+        known = lambda m: plain.get(m[1].removeprefix("inputs.")) if m[1].startswith("inputs.") else None  # noqa: E731
+        swap = lambda m: m[0] if known(m) is None else str(known(m))  # noqa: E731
+        return PLACE.sub(swap, text) if isinstance(text, str) else text
+
+    texts, typed = ({n: fill(v) for n, v in given.items()} for given in (call.texts, call.typed))
+    return NotebookCall(call.notebook, typed, texts, call.files)
+
+
 def given_values(path: Path, call: NotebookCall) -> dict[str, Any]:
     "The parameters of a call with their types; what is only known on the node is left out where it is no text."
-    hints, values = field_types(path), dict(call.typed)
-    for name, text in call.texts.items():
+    hints, values = field_types(path), {}
+    for name, given in (call.typed | call.texts).items():
         if name not in hints:
             raise ConfigError(f"{path.stem} has no parameter {name!r}", nearest(name, hints))
-        value = parse(text, hints[name])
-        if not ("$" in text and fit(value, hints[name])[1]):
+        value = parse(given, hints[name]) if name in call.texts else given
+        if not ("$" in str(given) and fit(value, hints[name])[1]):
             values[name] = value
     return values
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .command import check_call, notebook_call, references, unbalanced
+from .command import check_call, notebook_call, references, resolved, unbalanced
 from .rules import memory, name_of, vm_size, whole
 from .sheet import Sheet, read_sheet
 from ..core.config import nearest
@@ -103,7 +103,7 @@ def check_notebook(sheet: Sheet) -> None:
         sheet.say("code", f"is {sheet.get('code')!r}, and the notebook {call.notebook} is {where} it",
                   "name a folder above the notebook, and the notebook relative to it")  # fmt: skip
         return None
-    return check_call(sheet, call, path)
+    return check_call(sheet, resolved(call, sheet.get("inputs") or {}), path)
 
 # %% ../../nbs/azureml/02d_jobfiles.ipynb #730e5997
 def check_command(sheet: Sheet, default_compute: Any = None, alone: bool = True) -> None:
