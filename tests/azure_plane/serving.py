@@ -1,0 +1,167 @@
+"""The server of a deployment: the command of its image's Dockerfile, with the model mounted and the port mapped."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .limits import bad, seconds
+from .web import ArmError
+
+if TYPE_CHECKING:
+    from .plane import Plane
+
+ROOT = Path(__file__).resolve().parents[2]
+MOUNT = "/var/azureml-app/azureml-models"
+
+
+def dockerfile(text: str) -> tuple[list[str], dict[str, str]]:
+    """What a Dockerfile's last stage starts, and its variables."""
+    text = re.sub(r"\\\s*\n", " ", re.sub(r"^\s*#.*\n", "", text, flags=re.M))
+    found: dict[str, list[str]] = {"ENTRYPOINT": [], "CMD": []}
+    env: dict[str, str] = {}
+    for word, rest in re.findall(r"^\s*([A-Za-z]+)\s+(.*?)\s*$", text, flags=re.M):
+        if word.upper() == "FROM":
+            found, env = {"ENTRYPOINT": [], "CMD": []}, {}
+        elif word.upper() in found:
+            words = json.loads(rest) if rest.startswith("[") else ["/bin/sh", "-c", rest]
+            found[word.upper()] = words
+        elif word.upper() == "ENV":
+            pairs = shlex.split(rest) if "=" in rest.split()[0] else [rest.replace(" ", "=", 1)]
+            env |= dict(pair.split("=", 1) for pair in pairs)
+    return [*found["ENTRYPOINT"], *found["CMD"]], env
+
+
+class ServerProcess:
+    """One deployment's process; a deployment of several instances has one process here too."""
+
+    def __init__(self, plane: Plane, endpoint: str, name: str, properties: dict[str, Any]) -> None:
+        self.plane, self.endpoint, self.name, self.properties = plane, endpoint, name, properties
+        self.environment = plane.assets.find(properties["environmentId"], "environments")["properties"]
+        self.folder = plane.home / "endpoints" / endpoint / name
+        self.process: subprocess.Popen[bytes] | None = None
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+
+    def route(self, kind: str) -> tuple[str, int]:
+        """Path and port of a route of the inference config: scoringRoute, livenessRoute, readinessRoute."""
+        route = (self.environment.get("inferenceConfig") or {}).get(kind) or {}
+        return str(route.get("path") or "/"), int(route.get("port") or 0)
+
+    def image(self) -> tuple[list[str], dict[str, str]]:
+        """What the environment's image starts, and its variables."""
+        if build := self.environment.get("build"):
+            place = self.plane.blobs.place(build["contextUri"])
+            self.plane.blobs.download(*place, self.folder / "context")
+            path = self.folder / "context" / (build.get("dockerfilePath") or "Dockerfile")
+            if not path.exists():
+                raise ArmError(400, "ImageBuildFailed", f"the build context has no {path.name}")
+            return dockerfile(path.read_text())
+        words = self.plane.images.get(self.environment["image"])
+        if words is None:
+            raise ArmError(400, "ImagePullError", f"image {self.environment['image']} was not found")
+        return list(words), {}
+
+    def mount(self) -> dict[str, str]:
+        """Bring the model; the names that its place has in the container -> where it is here."""
+        if not self.properties.get("model"):
+            return {}
+        found = self.plane.assets.find(self.properties["model"], "models")
+        asset, version = re.findall(r"/models/([^/]+)/versions/([^/]+)$", found["id"])[0]
+        here = self.folder / "models"
+        container, path = self.plane.blobs.place(found["properties"]["modelUri"])
+        target = here / asset / version / Path(path.rstrip("/")).name
+        if not target.exists() and not self.plane.blobs.download(container, path, target):
+            raise ArmError(400, "ModelNotFound", f"nothing lies at {found['properties']['modelUri']}")
+        there = self.properties.get("modelMountPath") or MOUNT
+        return {there: str(here), "AZUREML_MODEL_DIR": str(here / asset / version)}
+
+    def start(self) -> None:
+        """Start the process, and wait until it says that it is ready."""
+        words, env = self.image()
+        if not words:
+            raise ArmError(400, "ContainerStartFailed", "the image starts nothing: it has neither ENTRYPOINT nor CMD")
+        places = self.mount()
+        model = places.pop("AZUREML_MODEL_DIR", "")
+        env |= {"AZUREML_MODEL_DIR": model} if model else {}
+        env |= {k: str(v) for k, v in (self.properties.get("environmentVariables") or {}).items()}
+        env |= {"AZUREML_ENDPOINT_NAME": self.endpoint, "AZUREML_DEPLOYMENT_NAME": self.name}
+        _, port = self.route("scoringRoute")
+
+        def local(text: str) -> str:
+            for there, here in places.items():
+                text = text.replace(there, here)
+            return re.sub(rf"(?<!\d){port}(?!\d)", str(self.port), text) if port else text
+
+        kept = ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+        base = {key: os.environ[key] for key in kept if key in os.environ} | self.plane.wire.variables()
+        env = base | {k: local(v) for k, v in env.items() if k != "PATH"}
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        words = [local(word) for word in words]
+        with (self.folder / "server.log").open("ab") as log:
+            try:
+                self.process = subprocess.Popen(
+                    words, cwd=self.folder, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                )
+            except OSError as e:
+                raise ArmError(400, "ContainerStartFailed", f"{shlex.join(words)}: {e}") from None
+        try:
+            self.ready()
+        except ArmError:
+            self.close()
+            raise
+
+    def ready(self) -> None:
+        """Ask the readiness route until it answers 200."""
+        probe = self.properties.get("readinessProbe") or {}
+        allowed = (seconds(probe.get("period")) or 10) * int(probe.get("failureThreshold") or 30)
+        until = time.monotonic() + min(allowed, self.plane.start_timeout)
+        path, _ = self.route("readinessRoute")
+        while time.monotonic() < until and not self.plane.store.closed.is_set():
+            if self.process is None or self.process.poll() is not None:
+                code = self.process.returncode if self.process else None
+                raise bad(f"The container exited with code {code}. Its last lines:\n{self.log()[-2000:]}", "ContainerCrashed")
+            if self.ask(path) == 200:
+                return
+            time.sleep(0.05)
+        raise bad(f"GET {path} was not answered with 200 in time. Its last lines:\n{self.log()[-2000:]}", "ReadinessProbeFailed")
+
+    def ask(self, path: str) -> int:
+        """The status of a GET; 0 without an answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except OSError:
+            return 0
+        finally:
+            connection.close()
+
+    def log(self) -> str:
+        """What the process has written."""
+        path = self.folder / "server.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def close(self) -> None:
+        """End the process and its children."""
+        if self.process is None:
+            return
+        for how, wait in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+            try:
+                os.killpg(self.process.pid, how)
+                self.process.wait(wait)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+        self.process.wait()
