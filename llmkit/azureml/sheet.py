@@ -43,7 +43,7 @@ SCHEMAS = {
 TYPES = {"command": "command", "pipeline": "pipeline", "sweep": "sweep", "amlcompute": "compute"}
 KEYS = (
     ("endpoint_name", "deployment"), ("auth_mode", "endpoint"), ("traffic", "endpoint"), ("create_job", "schedule"),
-    ("trial", "sweep"), ("jobs", "pipeline"), ("command", "command"), ("max_instances", "compute"),
+    ("trial", "sweep"), ("jobs", "pipeline"), ("command", "command"),
     ("image", "environment"), ("build", "environment"), ("conda_file", "environment"),
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from ..core.settings import read_settings
 
 # %% auto #0
 __all__ = ['ASIDE', 'SAID', 'FAILED', 'Parcel', 'write_yaml', 'packed', 'essence', 'job_name', 'attempt', 'Sent', 'put', 'seen',
-           'check_parcel', 'send']
+           'check_parcel', 'send', 'written']
 
 # %% ../../nbs/azureml/03_submit.ipynb #53378b2d
 @dataclass
@@ -63,16 +63,16 @@ def write_yaml(spec: Mapping[str, Any], path: str | Path) -> Path:
     return target
 
 
-def packed(spec: Any, base: Path, parcel: Parcel) -> Any:
-    "A job with its code copied, its local paths absolute, and its component files next to it."
+def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
+    "A job with its code (and what images are built from) copied, other local paths absolute, component files beside."
     if not isinstance(spec, dict):
         return [packed(v, base, parcel) for v in spec] if isinstance(spec, list) else spec
     done, sheet = {}, Sheet(base / "job.yml", {})
     for key, value in spec.items():
         path = sheet.local(value) if key in ("code", "component", "trial", "path", "conda_file", "create_job") else None
         if path is None or (key == "path" and not path.exists()):
-            done[key] = packed(value, base, parcel)
-        elif key == "code":
+            done[key] = packed(value, base, parcel, key == "build")
+        elif key == "code" or (key == "path" and build):
             done[key] = parcel.code(path)
         elif key in ("component", "trial", "create_job"):
             inner = packed(read_settings(path), path.parent, parcel)
@@ -182,3 +182,15 @@ def send(
         put(service, name, job)
         made = seen(service, name)
         return Sent(name, True, made.status, getattr(made, "studio_url", None) or "")
+
+# %% ../../nbs/azureml/03_submit.ipynb #51aa965d
+def written(job: Any) -> dict[str, Any]:
+    "A job of the SDK as the YAML that makes it."
+    with tempfile.TemporaryDirectory(prefix="llmkit-dump-") as folder:
+        path = Path(folder) / "job.yml"
+        job.dump(str(path))
+        found = read_settings(path)
+    inner = found.pop("component", None) or {}
+    own = {k: inner[k] for k in ("display_name", "description", "command", "code") if inner.get(k)}
+    shown = {"experiment_name": job.experiment_name} if job.experiment_name else {}
+    return {k: v for k, v in (own | found | shown).items() if v not in ({}, None)}

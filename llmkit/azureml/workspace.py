@@ -21,8 +21,8 @@ from ..core.run import read_json
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'FILES', 'VARIABLES', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file', 'FileToken',
-           'credential', 'make_client', 'Service', 'connect']
+__all__ = ['T', 'FILES', 'VARIABLES', 'TOLD', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file',
+           'FileToken', 'credential', 'make_client', 'Service', 'connect']
 
 # %% ../../nbs/azureml/01_workspace.ipynb #ad84514e
 @dataclass(kw_only=True)
@@ -121,7 +121,8 @@ class FileToken:
         found = read_json(self.path)
         if not found.get("token"):
             raise MissingError(f"{self.path} holds no token", "az login, and unset LLMKIT_AZURE_CLOUD")
-        return AccessToken(found["token"], int(found.get("expires_on", time.time() + 3600)))
+        soon = time.time() + 60  # so that the SDK asks again
+        return AccessToken(found["token"], int(min(found.get("expires_on", soon), soon)))
 
 # %% ../../nbs/azureml/01_workspace.ipynb #f3d4aa54
 def credential(tenant: str = "", cloud: Mapping[str, Any] | None = None) -> Any:
@@ -132,12 +133,18 @@ def credential(tenant: str = "", cloud: Mapping[str, Any] | None = None) -> Any:
     return identity.DefaultAzureCredential(**({"additionally_allowed_tenants": [tenant]} if tenant else {}))
 
 # %% ../../nbs/azureml/01_workspace.ipynb #a83432d7
+TOLD: set[str] = set()  # clouds that the SDK of this process knows
+
+
 def make_client(place: Workspace, cloud: Mapping[str, Any]) -> Any:
     "An `MLClient` for a workspace; importing it takes seconds, so it happens here."
     sdk: Any = require("azure.ai.ml", "azure")
     options: dict[str, Any] = {"enable_telemetry": False, "show_progress": False}
     if cloud:
-        options |= {"cloud": cloud.get("cloud", "LlmkitCloud"), "cloud_metadata": cloud["cloud_metadata"]}
+        options["cloud"] = cloud.get("cloud", "LlmkitCloud")
+        if options["cloud"] not in TOLD:  # the SDK keeps what it was told, and refuses to hear it twice
+            TOLD.add(options["cloud"])
+            options["cloud_metadata"] = cloud["cloud_metadata"]
         if cloud.get("certificate"):
             os.environ["REQUESTS_CA_BUNDLE"] = cloud["certificate"]
     names = (place.subscription, place.resource_group, place.workspace)
