@@ -164,7 +164,7 @@ def stream(id: str) -> None:
     service = connect()
     try:
         service.client.jobs.stream(id)
-    except Exception as e:  # the job failed, which its state tells, or the connection did, which is tried again
+    except Exception as e:  # noqa: BLE001 - the job failed, which its state tells, or the connection did, which is tried again
         print(f"llmkit: {type(e).__name__}", file=sys.stderr)
         sys.exit(3)
 
