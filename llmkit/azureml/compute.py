@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .preflight import sdk_load, vet
+from .preflight import vet
 from .sheet import Sheet, read_sheet
-from .submit import write_yaml
 from .workspace import Service, Workspace
 from ..core.config import nearest
-from ..core.errors import ConfigError, DataError
+from ..core.errors import ConfigError, DataError, LLMKitError
 from ..core.settings import read_yaml
 
 # %% auto #0
-__all__ = ['expanded', 'Price', 'price_of', 'described', 'plain_tier', 'differs', 'wanted', 'find', 'up', 'down', 'status']
+__all__ = ['expanded', 'Price', 'price_of', 'described', 'plain_tier', 'differs', 'wanted', 'word', 'find', 'bring', 'up', 'down',
+           'status']
 
 # %% ../../nbs/azureml/06_compute.ipynb #30d03371
 def expanded(spec: Any, place: Workspace) -> Any:
@@ -94,7 +94,7 @@ def differs(found: Any, wanted: Any) -> list[str]:
     keys = ("min_instances", "max_instances", "idle_time_before_scale_down")
     return [k for k in keys if getattr(wanted, k) is not None and getattr(found, k) != getattr(wanted, k)]
 
-# %% ../../nbs/azureml/06_compute.ipynb #d1f1de07
+# %% ../../nbs/azureml/06_compute.ipynb #e95d2227
 def wanted(service: Service, sheet: Sheet) -> Any:
     "A cluster's file as an object of the SDK, for this workspace."
     with tempfile.TemporaryDirectory(prefix="llmkit-compute-") as folder:
@@ -102,23 +102,41 @@ def wanted(service: Service, sheet: Sheet) -> Any:
         return sdk_load(path, "compute")
 
 
+def word(state: Any) -> str:
+    "A state of the SDK as a word; it gives text or a member of an enumeration."
+    return str(getattr(state, "value", state)).lower()
+
+
 def find(service: Service, name: str) -> Any:
     "A cluster that is there; None if it is not."
     return service.find(f"look for the cluster {name}", lambda c: c.compute.get(name))
 
+# %% ../../nbs/azureml/06_compute.ipynb #b4ba54cb
+def bring(service: Service, sheet: Sheet, say: Callable[[str], Any] = print) -> None:
+    "Make the cluster that a file describes, or bring it in line."
+    name, price, want = str(sheet.get("name")), price_of(sheet), wanted(service, sheet)
+    found = find(service, name)
+    changes = differs(found, want) if found is not None else ["new"]
+    if changes:
+        service.call(f"make the cluster {name}", lambda c: c.compute.begin_create_or_update(want).result())
+    what = "is as described" if not changes else "made" if found is None else f"changed: {', '.join(changes)}"
+    say(f"{name} {what}; {sheet.get('size')}, a node {price or 'at an unknown price'}")
+
 
 def up(service: Service, home: str | Path = ".", names: Iterable[str] = (), say: Callable[[str], Any] = print) -> None:
-    "Make the clusters that files describe, and bring in line those that differ."
-    for name, sheet in described(home, list(names)).items():
-        price, found, want = price_of(sheet), find(service, name), wanted(service, sheet)
-        changes = differs(found, want) if found is not None else ["new"]
-        if changes:
-            call = lambda c, want=want: c.compute.begin_create_or_update(want).result()  # noqa: E731
-            service.call(f"make the cluster {name}", call)
-        what = "is as described" if not changes else "made" if found is None else f"changed: {', '.join(changes)}"
-        say(f"{name} {what}; {sheet.get('size')}, a node {price or 'at an unknown price'}")
+    "Make the clusters that files describe; one that cannot be made does not keep the others from it."
+    failures: list[LLMKitError] = []
+    for sheet in described(home, list(names)).values():
+        try:
+            bring(service, sheet, say)
+        except LLMKitError as e:
+            failures.append(e)
+    if failures:
+        for other in failures[1:]:
+            say(f"error: {other}")
+        raise failures[0]
 
-# %% ../../nbs/azureml/06_compute.ipynb #c5739c4d
+# %% ../../nbs/azureml/06_compute.ipynb #433ce7f5
 def down(
     service: Service, home: str | Path = ".", names: Iterable[str] = (), say: Callable[[str], Any] = print
 ) -> None:
@@ -127,7 +145,8 @@ def down(
         if find(service, name) is None:
             say(f"{name} is not there")
             continue
-        service.find(f"take away the cluster {name}", lambda c, name=name: c.compute.begin_delete(name).wait())  # type: ignore[misc]
+        call = lambda c, name=name: c.compute.begin_delete(name).wait()  # noqa: E731
+        service.find(f"take away the cluster {name}", call)
         say(f"{name} taken away")
 
 
@@ -140,7 +159,7 @@ def status(service: Service, home: str | Path = ".") -> list[dict[str, Any]]:
         if found is not None:
             call = lambda c, name=name: len(list(c.compute.list_nodes(name)))  # noqa: E731
             nodes = service.call(f"count the nodes of {name}", call)
-        state = "not there" if found is None else str(getattr(found, "provisioning_state", "") or "there").lower()
+        state = "not there" if found is None else word(getattr(found, "provisioning_state", None) or "there")
         line = {"cluster": name, "state": state, "nodes": nodes, "most": sheet.get("max_instances")}
         lines.append(line | {"node": str(price or "?"), "now": f"{nodes * price.per_hour:g}/h" if price else "?"})
     return lines

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .compute import expanded
+from .compute import expanded, word
 from .preflight import sdk_load, vet
 from .sheet import read_sheet
 from .submit import write_yaml
@@ -63,8 +63,8 @@ class Endpoint:
     def settled(self) -> Any:
         "The endpoint, when nobody is updating it any more."
         deadline = Deadline(self.patience)
-        while str((found := self.get()).provisioning_state).lower() not in ("succeeded", "failed", "canceled"):
-            deadline.check(f"the endpoint {self.name} (it is {found.provisioning_state})", "look in the studio")
+        while word((found := self.get()).provisioning_state) not in ("succeeded", "failed", "canceled"):
+            deadline.check(f"the endpoint {self.name} (it is {word(found.provisioning_state)})", "look in the studio")
             time.sleep(self.every)
         return found
 
@@ -106,8 +106,8 @@ class Making(Endpoint):
         entity = loaded(self.service, path, "deployment", {"endpoint_name": self.name} | over)
         self.wait(f"deploy {entity.name} to", lambda c: c.online_deployments.begin_create_or_update(entity))
         found = self.deployments().get(entity.name)
-        state = str(getattr(found, "provisioning_state", "missing"))
-        if state.lower() != "succeeded":
+        state = word(getattr(found, "provisioning_state", "missing"))
+        if state != "succeeded":
             log = "\n".join(self.logs(entity.name, 20)) if found is not None else ""
             raise ServiceError(f"deployment {entity.name} of {self.name} is {state}", f"its log ends:\n{log}")
         say(f"{entity.name} of {self.name} is up")
@@ -126,24 +126,27 @@ class Shifting(Making):
         "Percents of the traffic by deployment, those above 0."
         return {n: int(s) for n, s in (self.get().traffic or {}).items() if int(s)}
 
+    def sides(self, found: Any) -> tuple[dict[str, int], dict[str, int]]:
+        "Shares and mirrored traffic of an endpoint, those above 0."
+        pairs = (found.traffic or {}, found.mirror_traffic or {})
+        now, side = ({n: int(s) for n, s in group.items() if int(s)} for group in pairs)
+        return now, side
+
     def put(self, traffic: Mapping[str, int] | None = None, mirror: Mapping[str, int] | None = None) -> None:
         "Set shares or mirrored traffic and wait until the service shows them."
         known = self.deployments()
         for name in {**(traffic or {}), **(mirror or {})}:
             if name not in known:
-                raise ConfigError(
-                    f"{self.name} has no deployment {name!r}", nearest(name, known) if known else "deploy it"
-                )
+                hint = nearest(name, known) if known else "deploy it"
+                raise ConfigError(f"{self.name} has no deployment {name!r}", hint)
         deadline = Deadline(self.patience)
         while True:
             found = self.settled()
-            now, side = (
-                {n: int(s) for n, s in (found.traffic or {}).items() if int(s)},
-                dict(found.mirror_traffic or {}),
-            )
+            now, side = self.sides(found)
             want = now if traffic is None else {n: s for n, s in traffic.items() if s}
-            aside = {n: s for n, s in (side if mirror is None else dict(mirror)).items() if s and not want.get(n)}
-            if now == want and {n: s for n, s in side.items() if s} == aside:
+            kept = side if mirror is None else mirror
+            aside = {n: s for n, s in kept.items() if s and not want.get(n)}
+            if (now, side) == (want, aside):
                 return
             deadline.check(f"moving the traffic of {self.name} (it is {now})", "look in the studio")
             found.traffic, found.mirror_traffic = want, aside

@@ -21,7 +21,7 @@ from .command import notebook_call
 from .rules import gpus_of
 from .sheet import read_sheet
 from .spec import Target, check_sweep_values, job_spec, sweep_spec
-from .submit import Sent, send
+from .submit import Sent, send, state_of
 from .workspace import Service, connect
 from ..core.config import nearest
 from ..core.errors import ConfigError, RunError
@@ -59,10 +59,10 @@ def given_to(job: Any) -> dict[str, Any]:
 
 def row_of(job: Any) -> JobRow:
     "A job of the SDK as a row."
-    made, state = getattr(job, "creation_context", None), STATES.get(str(job.status), "queued")
+    made, state = getattr(job, "creation_context", None), STATES.get(state_of(job), "queued")
     ended = moment(getattr(made, "last_modified_at", None)) if state not in ("queued", "running") else None
     name, url = getattr(job, "display_name", None) or job.name, getattr(job, "studio_url", None) or ""
-    message = "" if str(job.status) in ("Completed", "Running", "Queued") else str(job.status)
+    message = "" if state_of(job) in ("Completed", "Running", "Queued") else state_of(job)
     started = moment(getattr(made, "created_at", None))
     return JobRow(job.name, name, "azureml", state, started, ended, given_to(job), None, url, message)
 

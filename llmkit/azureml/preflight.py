@@ -5,12 +5,8 @@
 # %% ../../nbs/azureml/02_preflight.ipynb #c8573ee6
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,13 @@ from .assetfiles import check_compute_file, check_deployment, check_endpoint, ch
 from .jobfiles import check_body, check_command, check_pipeline, check_sweep, compute_name
 from .rules import gpus_of
 from .sheet import Problem, Sheet, demand, read_sheet
+from .workspace import hushed
 from ..core.config import nearest
 from ..core.errors import DataError, MissingError, require
 
 # %% auto #0
 __all__ = ['CHECKS', 'LOADERS', 'WORDS', 'parts', 'check_file', 'check_job_compute', 'check_job_environment', 'check_together',
-           'yaml_files', 'deployments_of', 'hushed', 'sdk_load', 'refusals', 'flat', 'check_sdk', 'preflight', 'vet']
+           'yaml_files', 'deployments_of', 'sdk_load', 'refusals', 'flat', 'check_sdk', 'preflight', 'vet']
 
 # %% ../../nbs/azureml/02_preflight.ipynb #ca4bf0eb
 CHECKS: dict[str, Callable[[Sheet], None]] = {
@@ -123,19 +120,6 @@ LOADERS = {"command": "load_job", "sweep": "load_job", "pipeline": "load_job", "
            "compute": "load_compute", "environment": "load_environment", "endpoint": "load_online_endpoint",
            "deployment": "load_online_deployment", "data": "load_data",
            "model": "load_model"}  # fmt: skip
-
-
-@contextlib.contextmanager
-def hushed() -> Any:
-    "The SDK without its notices."
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def sdk_load(path: str | Path, kind: str) -> Any:

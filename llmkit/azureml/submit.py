@@ -24,8 +24,8 @@ from ..core.errors import ConfigError, LLMKitError, ServiceError
 from ..core.settings import read_settings
 
 # %% auto #0
-__all__ = ['ASIDE', 'SAID', 'FAILED', 'Parcel', 'write_yaml', 'packed', 'essence', 'job_name', 'attempt', 'Sent', 'put', 'seen',
-           'check_parcel', 'send', 'written']
+__all__ = ['ASIDE', 'SAID', 'FAILED', 'Parcel', 'write_yaml', 'packed', 'essence', 'job_name', 'state_of', 'attempt', 'Sent',
+           'put', 'seen', 'check_parcel', 'send', 'written']
 
 # %% ../../nbs/azureml/03_submit.ipynb #53378b2d
 @dataclass
@@ -107,12 +107,17 @@ def job_name(stem: str, spec: Mapping[str, Any], parcel: Parcel, label: str = ""
 FAILED = {"Failed", "Canceled", "NotResponding"}
 
 
+def state_of(job: Any) -> str:
+    "A job's state in Azure's words; the SDK gives text or a member of an enumeration."
+    return str(getattr(job.status, "value", job.status))
+
+
 def attempt(service: Service, name: str) -> tuple[str, Any]:
     "The name of the attempt to send, and the job if that is there already."
     for turn in itertools.count(1):
         tried = name if turn == 1 else f"{name}-{turn}"
         job = service.find(f"look for the job {tried}", lambda c, tried=tried: c.jobs.get(tried))  # type: ignore[misc]
-        if job is None or job.status not in FAILED:
+        if job is None or state_of(job) not in FAILED:
             return tried, job
     raise AssertionError("count has no end")
 
@@ -176,12 +181,12 @@ def send(
             say(f"code: {code}")
         name, found = attempt(service, job_name(stem, whole, parcel, label))
         if found is not None:
-            return Sent(name, False, found.status, getattr(found, "studio_url", None) or "")
+            return Sent(name, False, state_of(found), getattr(found, "studio_url", None) or "")
         job = sdk_load(path, kind_of(whole))
         job.name, job.tags = name, (job.tags or {}) | {"llmkit.job": stem}
         put(service, name, job)
         made = seen(service, name)
-        return Sent(name, True, made.status, getattr(made, "studio_url", None) or "")
+        return Sent(name, True, state_of(made), getattr(made, "studio_url", None) or "")
 
 # %% ../../nbs/azureml/03_submit.ipynb #51aa965d
 def written(job: Any) -> dict[str, Any]:

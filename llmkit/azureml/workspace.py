@@ -5,10 +5,14 @@
 # %% ../../nbs/azureml/01_workspace.ipynb #f94e16b7
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +26,7 @@ T = TypeVar("T")
 
 # %% auto #0
 __all__ = ['T', 'FILES', 'VARIABLES', 'TOLD', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file',
-           'FileToken', 'credential', 'make_client', 'Service', 'connect']
+           'FileToken', 'credential', 'make_client', 'hushed', 'Service', 'connect']
 
 # %% ../../nbs/azureml/01_workspace.ipynb #ad84514e
 @dataclass(kw_only=True)
@@ -150,6 +154,19 @@ def make_client(place: Workspace, cloud: Mapping[str, Any]) -> Any:
     names = (place.subscription, place.resource_group, place.workspace)
     return sdk.MLClient(credential(place.tenant, cloud), *names, **options)
 
+# %% ../../nbs/azureml/01_workspace.ipynb #0e00d953
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    "The SDK without its notices and bars."
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
 # %% ../../nbs/azureml/01_workspace.ipynb #e63b6f12
 class Service:
     "A workspace that can be talked to."
@@ -176,7 +193,12 @@ class Service:
 
     def call(self, doing: str, work: Callable[[Any], T]) -> T:
         "What `work` does with the client; `doing` completes 'could not ...' in an error."
-        return steady(lambda: work(self.client), doing, self.patience, self.renew)
+        return steady(lambda: self.quietly(work), doing, self.patience, self.renew)
+
+    def quietly(self, work: Callable[[Any], T]) -> T:
+        "What `work` does with the client, without what the SDK prints."
+        with hushed():
+            return work(self.client)
 
     def find(self, doing: str, work: Callable[[Any], T]) -> T | None:
         "The same, with None for what is not there."
