@@ -6,13 +6,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_VERSION := 26.0.1
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
+CHECKERS := .venv-azure
 RUN ?= runs/quickstart
 ARGS ?=
 JOBS ?= 2
 COVERAGE ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-notebooks test-python coverage conformance check format lab demo bench soak hooks lock clean
+.PHONY: help install quickstart test test-notebooks test-python coverage conformance declarations image-locks check format lab demo bench soak hooks lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -62,6 +63,19 @@ $(PEERS)/.installed: tests/peers/requirements.txt | $(INSTALLED)
 conformance: $(INSTALLED) $(PEERS)/.installed ## Hold the server to other people's suites: schemathesis, langchain-tests, lm-eval
 	@LLMKIT_PYTHON=$(abspath $(BIN))/python $(PEERS)/bin/python -m pytest tests/peers
 
+# checkov brings some hundred packages that fit no other environment.
+$(CHECKERS)/.installed: tests/azure_tools.txt | $(INSTALLED)
+	@test -x $(CHECKERS)/bin/python || $(BIN)/python -m venv $(CHECKERS)
+	@$(CHECKERS)/bin/python -m pip install -qq --disable-pip-version-check pip==$(PIP_VERSION)
+	@$(CHECKERS)/bin/python -m pip install -qq --disable-pip-version-check -r tests/azure_tools.txt
+	@touch $@
+
+declarations: $(INSTALLED) $(CHECKERS)/.installed ## Check azure/ and the workflows, also with checkov, hadolint, zizmor
+	@$(BIN)/python -m pytest tests/test_azure_files.py
+
+image-locks: $(INSTALLED) $(CHECKERS)/.installed ## Write the locks of the images in azure/environments
+	@$(CHECKERS)/bin/python tools/image_locks.py
+
 check: $(INSTALLED) ## Format, lint, types, and package and README in sync with the notebooks
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -98,6 +112,6 @@ hooks: $(INSTALLED) ## Install git hooks: nbdev's for merging and cleaning noteb
 lock: $(INSTALLED) ## Write requirements.txt from what is installed in .venv
 	@$(BIN)/python tools/lock.py
 
-clean: ## Remove what can be made again; .venv, .venv-peers and runs/ stay
+clean: ## Remove what can be made again; .venv, .venv-peers, .venv-azure and runs/ stay
 	@rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache _docs _proc *.egg-info
-	@find . \( -path ./$(VENV) -o -path ./$(PEERS) \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf
+	@find . \( -path ./$(VENV) -o -path ./$(PEERS) -o -path ./$(CHECKERS) \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

@@ -149,7 +149,10 @@ def fastest(*words: str, tries: int = 7) -> float:
     return best
 
 
-@pytest.mark.parametrize("words", [("-c", "import llmkit"), ("-m", "llmkit.cli", "--help")])
+CLI = ("-m", "llmkit.cli")
+
+
+@pytest.mark.parametrize("words", [("-c", "import llmkit"), (*CLI, "--help"), (*CLI, "run", "--help")])
 def test_answers_at_once(words: tuple[str, ...]) -> None:
     assert fastest(*words) < 0.3
 

@@ -23,6 +23,26 @@ resource served 'Microsoft.MachineLearningServices/workspaces/onlineEndpoints/de
   name: deployment
 }
 
+var steps = [for rule in rules.rules: {
+  metricTrigger: {
+    metricName: rule.metric
+    metricNamespace: rule.of == 'endpoint' ? 'microsoft.machinelearningservices/workspaces/onlineendpoints' : 'microsoft.machinelearningservices/workspaces/onlineendpoints/deployments'
+    metricResourceUri: rule.of == 'endpoint' ? online.id : served.id
+    operator: rule.operator
+    threshold: rule.threshold
+    statistic: 'Average'
+    timeAggregation: 'Average'
+    timeGrain: 'PT1M'
+    timeWindow: rule.window
+  }
+  scaleAction: {
+    direction: rule.direction
+    type: 'ChangeCount'
+    value: string(rule.by)
+    cooldown: rule.cooldown
+  }
+}]
+
 resource scale 'Microsoft.Insights/autoscaleSettings@2022-10-01' = {
   name: 'scale-${endpoint}-${deployment}'
   location: location
@@ -37,25 +57,7 @@ resource scale 'Microsoft.Insights/autoscaleSettings@2022-10-01' = {
           maximum: string(rules.max_instances)
           default: string(rules.min_instances)
         }
-        rules: [for rule in rules.rules: {
-          metricTrigger: {
-            metricName: rule.metric
-            metricNamespace: rule.of == 'endpoint' ? 'microsoft.machinelearningservices/workspaces/onlineendpoints' : 'microsoft.machinelearningservices/workspaces/onlineendpoints/deployments'
-            metricResourceUri: rule.of == 'endpoint' ? online.id : served.id
-            operator: rule.operator
-            threshold: rule.threshold
-            statistic: 'Average'
-            timeAggregation: 'Average'
-            timeGrain: 'PT1M'
-            timeWindow: rule.window
-          }
-          scaleAction: {
-            direction: rule.direction
-            type: 'ChangeCount'
-            value: string(rule.by)
-            cooldown: rule.cooldown
-          }
-        }]
+        rules: steps
       }
     ]
   }

@@ -19,7 +19,8 @@ __all__ = ['COMMANDS', 'REWRITES', 'overview', 'Stopped', 'shielded', 'subcomman
 # %% ../../nbs/cli/01_main.ipynb #e636ee2f
 COMMANDS = {
     "quickstart": ("llmkit.cli.quickstart:quickstart", "Run the whole line on this machine, from text to a rollout."),
-    "run": ("llmkit.cli.commands:run", "Run one job notebook, its parameters checked first."),
+    "run": ("llmkit.cli.run:run", "Run one job notebook, its parameters checked first: here or on a cluster."),
+    "jobs": ("llmkit.cli.jobs:app", "List, show, follow, cancel, fetch and resume jobs."),
     "plan": ("llmkit.cli.plan:plan_command", "Say what a training run on GPUs will take, before it is paid for."),
     "train": ("llmkit.cli.train:train", "Train a model, on one process or many."),
     "serve": ("llmkit.cli.serve:serve", "Serve models through an OpenAI-compatible API."),
@@ -61,14 +62,17 @@ def shielded(call: Callable[..., Any]) -> Callable[..., Any]:
 
 # %% ../../nbs/cli/01_main.ipynb #7d0fada1
 def subcommand(name: str) -> Any:
-    "The typer command of subcommand `name`, its part imported now."
+    "The typer command of subcommand `name`, its part imported now: a function, or an app with commands of its own."
     import typer
 
     module, _, function = COMMANDS[name][0].partition(":")
-    app = typer.Typer(add_completion=False)
-    app.command()(getattr(import_module(module), function))
+    app = target = getattr(import_module(module), function)
+    if not isinstance(target, typer.Typer):
+        app = typer.Typer(add_completion=False)
+        app.command()(target)
     command: Any = typer.main.get_command(app)
-    command.callback = shielded(command.callback)
+    for part in (command, *getattr(command, "commands", {}).values()):
+        part.callback = part.callback and shielded(part.callback)
     return command
 
 # %% ../../nbs/cli/01_main.ipynb #4cf6abcb

@@ -38,6 +38,7 @@ HELP = {
     "log_json": "a line of JSON a request on standard error",
     "api_keys": "API keys, commas between them",
     "api_key_file": "a file with `name key rpm=60 tpm=10000` a line",
+    "gateway": "a gateway in front checks keys: listen beyond this machine without any",
     "admin_key": "opens /admin; made and printed if empty",
     "rpm": "requests a minute of a key without a limit of its own",
     "tpm": "tokens a minute of a key without a limit of its own",

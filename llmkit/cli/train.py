@@ -38,11 +38,11 @@ def train(
     show: Annotated[bool, typer.Option("--show", help="Print the job's parameters and stop.")] = False,
 ) -> None:
     "Train a model: the job train_model, on one process or many."
-    from llmkit.cli.commands import given, run
+    from llmkit.cli.run import given, run
 
     words = given(param)
     for name, value in parallel(nproc, nnodes, strategy).items():
         if name in words:
             raise ConfigError(f"{name} is given as -p and as --{name}", "give it once")
         words[name] = value
-    run("train_model", [f"{name}={value}" for name, value in words.items()], out, show)
+    run("train_model", [f"{name}={value}" for name, value in words.items()], out=out, show=show)

@@ -55,6 +55,7 @@ def book(
     values = params if runs else check(job, params)
     entry = None if out else enrol(job.stem)
     folder = entry.folder if entry and entry.folder else Path(out).resolve()
+    vacant(folder)  # says who it is; below, it must still hold
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         vacant(folder)
@@ -102,8 +103,7 @@ def main() -> None:
         job = read_json(folder / "job.json")["job"]
         with Display({job: 0.0}, live=False) as display:
             display.start(job, folder / "progress.jsonl")
-            attempt(folder)
-            display.end(job, "finished")
+            attempt(folder)  # which notes its end, so the display need not
     except LLMKitError as e:
         if getattr(read_status(folder), "message", "") != str(e):
             print(f"error: {e}", flush=True)

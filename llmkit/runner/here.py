@@ -87,6 +87,8 @@ def stop(folder: Path, patience: float = GRACE + 10) -> None:
             with suppress(ProcessLookupError):
                 os.kill(now.pid, signal.SIGKILL)
         time.sleep(0.05)
+    while status and status.pid != os.getpid() and alive(status) and time.monotonic() < end:
+        time.sleep(0.02)  # it has said so, and is on its way out
     with suppress(RunError), locked(folder):  # held: somebody has started it again meanwhile
         end_leftover(folder)
 
@@ -107,6 +109,7 @@ def copy(source: Path, target: Path) -> Path:
 # %% ../../nbs/runner/04d_here.ipynb #88c8a966
 def resume(folder: Path) -> str:
     "Start the run in `folder` again in the background, with the parameters that it had, and return its id."
+    vacant(folder)  # says who it is; below, it must still hold
     with locked(folder):
         vacant(folder)
         status, job = read_status(folder), read_json(folder / "job.json")

@@ -61,13 +61,13 @@ def axes(
 def grid(
     notebook: Path,
     given: dict[str, Any],  # texts of a command line, or values from a file
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    "What is swept over, and all parameters of every run, each of them checked."
+) -> tuple[dict[str, Any], dict[str, list[Any]], list[dict[str, Any]]]:
+    "Of what was given, what is fixed and what is swept over; and all parameters of every run, each of them checked."
     found = axes(notebook, given)
     runs = [dict(zip(found, values, strict=True)) for values in itertools.product(*found.values())]
     whole = [check(notebook, run, text=True) for run in runs]
     swept = {n: [v for i, v in enumerate(vs) if v not in vs[:i]] for n in found if (vs := [run[n] for run in whole])}
-    return {n: v if len(v) > 1 else v[0] for n, v in swept.items()}, whole
+    return {n: v[0] for n, v in swept.items() if len(v) == 1}, {n: v for n, v in swept.items() if len(v) > 1}, whole
 
 # %% ../../nbs/runner/05_sweep.ipynb #530441a4
 def await_end(folder: Path, patience: float = GRACE + 15) -> None:

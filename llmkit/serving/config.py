@@ -86,6 +86,7 @@ class GuardSettings(EngineSettings):
 
     api_keys: str = ""  # keys, with commas between them
     api_key_file: str = ""
+    gateway: bool = False  # one in front checks keys: others reach this server without any
     admin_key: str = ""  # made and printed if empty
     rpm: Annotated[int, Ge(1)] | None = None  # requests a minute of a key that has no limit of its own
     tpm: Annotated[int, Ge(1)] | None = None  # tokens a minute of such a key
@@ -139,7 +140,9 @@ def check_serve(cfg: ServeConfig) -> None:
         raise ConfigError(f"alias {cfg.alias!r} is also the name of a model", "give --alias another name")
     if cfg.weights:
         check_weights(cfg.alias, cfg.weights, cfg.models)
-    if not len(cfg.keys()) and not is_loopback(cfg.host):
+    if cfg.gateway and len(cfg.keys()):
+        raise ConfigError("gateway is set and so are API keys", "keys are checked in front, or here: leave one out")
+    if not len(cfg.keys()) and not is_loopback(cfg.host) and not cfg.gateway:
         raise ConfigError(f"{cfg.host} can be reached from other machines and no API key is set", "set LLMKIT_API_KEY")
     if cfg.cache_redis and not cfg.cache_mb:
         raise ConfigError("cache_redis is set and cache_mb is not", "give --cache-mb: Redis stands behind that memory")

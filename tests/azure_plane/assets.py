@@ -79,10 +79,16 @@ class Assets:
         path = f"/{kind}/{name}/versions/{version}"
         before = self.store.find(path)
         if before and any(before["properties"].get(f) != properties.get(f) for f in FIXED[kind]):
-            said = "Asset paths cannot be updated." if FIXED[kind][0].endswith("Uri") else f"{kind} versions are immutable."
+            said = (
+                "Asset paths cannot be updated."
+                if FIXED[kind][0].endswith("Uri")
+                else f"{kind} versions are immutable."
+            )
             raise ArmError(400 if "paths" in said else 409, "UserError", said)
         base = {"tags": {}, "properties": {}, "isArchived": False, "isAnonymous": False, "description": None}
-        made = self.store.put(path, base | self.defaults(kind, properties) | properties | {"provisioningState": "Succeeded"})
+        made = self.store.put(
+            path, base | self.defaults(kind, properties) | properties | {"provisioningState": "Succeeded"}
+        )
         self.register(kind, name, version, properties)
         return Reply(200 if before else 201, made)
 
@@ -162,5 +168,3 @@ class Assets:
         made = self.store.put(f"/{kind}/{name}/versions/{version}", base | self.defaults(kind, {}) | properties)
         self.register(kind, name, version, properties)
         return str(made["id"])
-
-

@@ -62,7 +62,9 @@ class Azurite:
             connection.request(request.method, request.target, request.body, headers)
             found = connection.getresponse()
             head = request.method == "HEAD"
-            kept = {n: v for n, v in found.getheaders() if n.lower() not in KEPT or (head and n.lower() == "content-length")}
+            kept = {
+                n: v for n, v in found.getheaders() if n.lower() not in KEPT or (head and n.lower() == "content-length")
+            }
             return Reply(found.status, found.read(), kept)
         finally:
             connection.close()

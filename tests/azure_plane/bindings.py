@@ -37,7 +37,9 @@ def check(properties: dict[str, Any]) -> None:
         kind, _, rest = name.partition(".")
         known = {"inputs": inputs, "outputs": outputs, "search_space": None}.get(kind, {})
         if known is not None and rest not in known:
-            raise bad(f"the command names ${{{{{name}}}}}, and the job has no such {kind.rstrip('s')}", "InvalidBinding")
+            raise bad(
+                f"the command names ${{{{{name}}}}}, and the job has no such {kind.rstrip('s')}", "InvalidBinding"
+            )
     for name, given in inputs.items():
         if given and given.get("jobInputType") != "literal" and not given.get("uri"):
             raise bad(f"input '{name}' has no uri")

@@ -30,7 +30,7 @@ class Blobs:
         command = azurite.find() if kind != "stub" else []
         if kind == "azurite" and not command:
             raise RuntimeError("no Azurite here: npm install --prefix .azurite azurite")
-        self.server: Any = azurite.Azurite(command, folder, ACCOUNT, self.key) if command else BlobStub(folder)
+        self.server: Any = azurite.Azurite(command, folder, ACCOUNT, self.key) if command else BlobStub()
         self.kind = "azurite" if command else "stub"
         self.base = self.certificate = ""
 
@@ -69,7 +69,12 @@ class Blobs:
 
     def sas(self, container: str, lifetime: float, blob: str = "") -> str:
         """A signed address of a container or a blob, good for `lifetime` seconds."""
-        from azure.storage.blob import BlobSasPermissions, ContainerSasPermissions, generate_blob_sas, generate_container_sas
+        from azure.storage.blob import (
+            BlobSasPermissions,
+            ContainerSasPermissions,
+            generate_blob_sas,
+            generate_container_sas,
+        )
 
         until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=lifetime)
         if blob:

@@ -1,4 +1,4 @@
-"""Block blobs in a folder, for machines without Node: enough of the Blob service for the SDK's uploads and downloads."""
+"""Block blobs in memory, for machines without Node: what the SDK's uploads and downloads need of the Blob service."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import threading
 from dataclasses import dataclass, field
 from email.utils import formatdate
-from pathlib import Path
 from xml.etree import ElementTree as ET
 from xml.sax.saxutils import escape
 
@@ -36,7 +35,12 @@ class Blob:
         """What GET and HEAD answer with."""
         md5 = base64.b64encode(hashlib.md5(self.data).digest()).decode()
         said = {f"x-ms-meta-{name}": value for name, value in self.metadata.items()}
-        common = {"ETag": self.etag, "Last-Modified": self.when, "x-ms-blob-type": "BlockBlob", "Accept-Ranges": "bytes"}
+        common = {
+            "ETag": self.etag,
+            "Last-Modified": self.when,
+            "x-ms-blob-type": "BlockBlob",
+            "Accept-Ranges": "bytes",
+        }
         return common | {"content-type": self.kind, "x-ms-blob-content-md5": md5} | said | VERSION
 
 
@@ -49,8 +53,7 @@ def error(status: int, code: str) -> Reply:
 class BlobStub:
     """Answers `/account/container/blob`; signatures are not looked at (the door in `blob` checks their expiry)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder  # what is in memory is gone with the process, as with the rest of the plane
+    def __init__(self) -> None:
         self.blobs: dict[str, Blob] = {}
         self.blocks: dict[tuple[str, str], bytes] = {}
         self.containers: set[str] = set()

@@ -47,9 +47,13 @@ class Composite:
             self.plane.jobs.check_command(self.child(properties, name, node, {}))
             for kind, other, output in links(node):
                 if kind == "jobs" and (other not in nodes or not self.produces(nodes[other], output)):
-                    raise bad(f"job '{name}' reads output '{output}' of '{other}', which there is not", "InvalidBinding")
+                    raise bad(
+                        f"job '{name}' reads output '{output}' of '{other}', which there is not", "InvalidBinding"
+                    )
                 if kind != "jobs" and other not in (properties.get(kind) or {}):
-                    raise bad(f"job '{name}' names {kind} '{other}', which the pipeline does not have", "InvalidBinding")
+                    raise bad(
+                        f"job '{name}' names {kind} '{other}', which the pipeline does not have", "InvalidBinding"
+                    )
         self.order(nodes)
 
     def produces(self, node: Properties, output: str) -> bool:
@@ -76,7 +80,10 @@ class Composite:
                 raise bad(f"the command names search_space.{name}, which the search space does not have")
         if not properties.get("searchSpace"):
             raise bad("a sweep without a search space")
-        if not 1 <= int(bounds.get("maxTotalTrials") or 1) <= 1000 or not 1 <= int(bounds.get("maxConcurrentTrials") or 1) <= 100:
+        if (
+            not 1 <= int(bounds.get("maxTotalTrials") or 1) <= 1000
+            or not 1 <= int(bounds.get("maxConcurrentTrials") or 1) <= 100
+        ):
             raise bad("a sweep has from 1 to 1000 trials, from 1 to 100 at once")
         self.plane.jobs.check_command(self.trial(properties, {}))
 
@@ -92,9 +99,13 @@ class Composite:
             kinds = {"pytorch": "PyTorch", "mpi": "Mpi", "tensorflow": "TensorFlow"}
             per = distribution.get("process_count_per_instance") or 1
             distribution = {"distributionType": kinds.get(kind, kind), "processCountPerInstance": per}
-        inputs = {k: self.input(parent, v, (node.get("inputs") or {}).get(k), made) for k, v in (spec.get("inputs") or {}).items()}
+        inputs = {
+            k: self.input(parent, v, (node.get("inputs") or {}).get(k), made)
+            for k, v in (spec.get("inputs") or {}).items()
+        }
         outputs = {
-            k: self.output(parent, v, (node.get("outputs") or {}).get(k), job) for k, v in (spec.get("outputs") or {}).items()
+            k: self.output(parent, v, (node.get("outputs") or {}).get(k), job)
+            for k, v in (spec.get("outputs") or {}).items()
         }
         return {
             "jobType": "Command",
@@ -122,7 +133,9 @@ class Composite:
             if found[1] == "inputs":
                 return copy.deepcopy((parent.get("inputs") or {}).get(found[2]))
             job = made.get(found[2], "later")
-            uri = bindings.destination(job, found[3], self.plane.jobs.sent.get(job, {}).get("outputs", {}).get(found[3]))
+            uri = bindings.destination(
+                job, found[3], self.plane.jobs.sent.get(job, {}).get("outputs", {}).get(found[3])
+            )
             return {"jobInputType": kind, "uri": uri}
         if isinstance(given, dict) and given.get("uri"):
             return {"jobInputType": given.get("job_input_type") or kind, "uri": given["uri"], "mode": given.get("mode")}
@@ -207,7 +220,9 @@ class Composite:
     def trial(self, properties: Properties, values: Properties) -> Properties:
         """The command job of one trial."""
         trial = copy.deepcopy(properties["trial"])
-        command = re.sub(r"\$\{\{\s*search_space\.(\w+)\s*\}\}", lambda m: str(values.get(m[1], m[0])), trial["command"])
+        command = re.sub(
+            r"\$\{\{\s*search_space\.(\w+)\s*\}\}", lambda m: str(values.get(m[1], m[0])), trial["command"]
+        )
         kept = {k: copy.deepcopy(properties.get(k)) or {} for k in ("inputs", "outputs")}
         tags = {f"search_space.{k}": str(v) for k, v in values.items()}
         more = {"jobType": "Command", "command": command, "computeId": properties.get("computeId"), "tags": tags}

@@ -81,7 +81,7 @@ class Computes:
             seconds(scale["nodeIdleTimeBeforeScaleDown"])
         used = sum(self.cpus(r) for r in self.store.under("/computes") if r["name"].lower() != name.lower())
         if used + cpus * most > min(QUOTA, self.plane.quota):
-            text = f"The specified number of vCPUs ({cpus * most}) exceeds what is left of the quota ({self.plane.quota - used})"
+            text = f"{cpus * most} vCPUs exceed what is left of the quota ({self.plane.quota - used})"
             raise ArmError(400, "ClusterCoreQuotaReached", f"{text} for VM family of {inner['vmSize']} in westeurope.")
 
     def cpus(self, resource: dict[str, Any]) -> int:
@@ -112,7 +112,13 @@ class Computes:
     def nodes(self, request: Request, name: str) -> Reply:
         """The nodes that are up."""
         self.store.get(f"/computes/{name}")
-        node = {"privateIpAddress": "127.0.0.1", "publicIpAddress": None, "port": 0, "runId": None, "nodeState": "running"}
+        node = {
+            "privateIpAddress": "127.0.0.1",
+            "publicIpAddress": None,
+            "port": 0,
+            "runId": None,
+            "nodeState": "running",
+        }
         return Reply(200, {"nodes": [node | {"nodeId": f"node-{i}"} for i in range(self.taken.get(name.lower(), 0))]})
 
     def usages(self, request: Request, **where: str) -> Reply:
@@ -124,7 +130,9 @@ class Computes:
 
     def name(self, reference: str | None) -> str:
         """The name in a compute's ARM id or reference; empty for serverless."""
-        found = re.search(r"(?:/computes/|azureml:)([^/:]+)$", reference or "") or re.fullmatch("([^/:]+)", reference or "")
+        found = re.search(r"(?:/computes/|azureml:)([^/:]+)$", reference or "") or re.fullmatch(
+            "([^/:]+)", reference or ""
+        )
         return "" if not reference or not found or found[1].lower() == "serverless" else found[1]
 
     def most(self, name: str) -> int:

@@ -79,7 +79,12 @@ class Endpoints:
             self.keys[name] = {"primaryKey": secrets.token_urlsafe(32), "secondaryKey": secrets.token_urlsafe(32)}
         front = self.fronts[name].url
         old = before["properties"] if before else {"traffic": {}, "mirrorTraffic": {}}
-        properties = {"authMode": mode, "traffic": old["traffic"], "mirrorTraffic": old["mirrorTraffic"], "compute": None}
+        properties = {
+            "authMode": mode,
+            "traffic": old["traffic"],
+            "mirrorTraffic": old["mirrorTraffic"],
+            "compute": None,
+        }
         properties |= {"scoringUri": self.scoring_uri(name), "swaggerUri": f"{front}/swagger.json", "properties": {}}
         properties |= {"description": wanted.get("description"), "provisioningState": "Creating"}
         properties |= {"publicNetworkAccess": wanted.get("publicNetworkAccess") or "Enabled"}
@@ -103,7 +108,9 @@ class Endpoints:
         for deployment, share in [*live.items(), *mirror.items()]:
             found = self.store.find(f"/onlineEndpoints/{name}/deployments/{deployment}")
             if found is None:
-                raise bad(f"traffic for deployment '{deployment}', which endpoint '{name}' does not have", "InvalidTraffic")
+                raise bad(
+                    f"traffic for deployment '{deployment}', which endpoint '{name}' does not have", "InvalidTraffic"
+                )
             if found["properties"]["provisioningState"] != "Succeeded" and share:
                 raise bad(f"deployment '{deployment}' is {found['properties']['provisioningState']}", "InvalidTraffic")
             if not isinstance(share, int) or isinstance(share, bool) or not 0 <= share <= 100:
@@ -211,7 +218,9 @@ class Endpoints:
             self.plane.assets.find(properties["model"], "models")
         asked = properties.get("requestSettings") or {}
         if (seconds(asked.get("requestTimeout")) or 0) > limits.TIMEOUT_S:
-            raise bad(f"requestTimeout {asked['requestTimeout']} is over {limits.TIMEOUT_S} seconds", "InvalidRequestSettings")
+            raise bad(
+                f"requestTimeout {asked['requestTimeout']} is over {limits.TIMEOUT_S} seconds", "InvalidRequestSettings"
+            )
         if not 1 <= int(asked.get("maxConcurrentRequestsPerInstance") or 1) <= 1000:
             raise bad("maxConcurrentRequestsPerInstance must be from 1 to 1000", "InvalidRequestSettings")
 
@@ -257,5 +266,3 @@ class Endpoints:
             server.close()
         for front in self.fronts.values():
             front.close()
-
-

@@ -120,10 +120,17 @@ class Executor:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(count * per_node)}
             env |= {"AZUREML_NODE_COUNT": str(count), "AZUREML_CR_NODE_RANK": str(node)}
             env |= {str(k): str(v) for k, v in (job.get("environmentVariables") or {}).items()}
-            path = folder / "logs" / "user_logs" / (f"std_log_process_{rank}.txt" if count * per_node > 1 else "std_log.txt")
+            path = (
+                folder
+                / "logs"
+                / "user_logs"
+                / (f"std_log_process_{rank}.txt" if count * per_node > 1 else "std_log.txt")
+            )
             with path.open("ab") as log:
                 words = ["/bin/bash", "-c", bound.command]
-                run = subprocess.Popen(words, cwd=code, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+                run = subprocess.Popen(
+                    words, cwd=code, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                )
             running.nodes.append(run)
 
     def variables(self, name: str, job: dict[str, Any], bound: bindings.Bound, code: Path) -> dict[str, str]:
@@ -164,7 +171,9 @@ class Executor:
                 return "Canceled", "The node was preempted."
             if any(codes):
                 bad = next(code for code in codes if code)
-                log = "user_logs/std_log.txt" if len(codes) == 1 else f"user_logs/std_log_process_{codes.index(bad)}.txt"
+                log = (
+                    "user_logs/std_log.txt" if len(codes) == 1 else f"user_logs/std_log_process_{codes.index(bad)}.txt"
+                )
                 text = f"Execution failed. User process '/bin/bash' exited with status code {bad}."
                 return "Failed", f"{text} Please check log file '{log}' for error details."
             if all(code == 0 for code in codes):
@@ -214,5 +223,3 @@ class Executor:
             return False
         running.preempted.set()
         return True
-
-

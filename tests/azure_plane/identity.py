@@ -28,7 +28,9 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
     builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(x509.random_serial_number()).add_extension(x509.SubjectAlternativeName(names), False)
+    builder = builder.serial_number(x509.random_serial_number()).add_extension(
+        x509.SubjectAlternativeName(names), False
+    )
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
     builder = builder.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=2))
     certificate, private = folder / "certificate.pem", folder / "key.pem"
@@ -74,10 +76,14 @@ class Identity:
             if claims["iat"] < self.not_before:
                 raise jwt.ExpiredSignatureError
         except jwt.ExpiredSignatureError:
-            raise ArmError(401, "ExpiredAuthenticationToken", "The access token expiry UTC time is in the past.") from None
+            raise ArmError(
+                401, "ExpiredAuthenticationToken", "The access token expiry UTC time is in the past."
+            ) from None
         except jwt.PyJWTError as e:
             raise ArmError(401, "InvalidAuthenticationToken", f"The access token is invalid: {e}.") from None
         if claims["tid"] != TENANT:
-            text = f"The access token is from the wrong issuer. It must match the tenant '{TENANT}' of this subscription."
+            text = (
+                f"The access token is from the wrong issuer. It must match the tenant '{TENANT}' of this subscription."
+            )
             raise ArmError(401, "InvalidAuthenticationTokenTenant", text)
         return claims

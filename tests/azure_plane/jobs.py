@@ -98,10 +98,22 @@ class Jobs:
         self.history[name] = ["NotStarted"]
         studio = f"{self.plane.url}/studio/runs/{name}"
         services = {
-            "Tracking": {"jobServiceType": "Tracking", "endpoint": self.plane.tracking.uri, "status": None, "port": None},
+            "Tracking": {
+                "jobServiceType": "Tracking",
+                "endpoint": self.plane.tracking.uri,
+                "status": None,
+                "port": None,
+            },
             "Studio": {"jobServiceType": "Studio", "endpoint": studio, "status": None, "port": None},
         }
-        base = {"experimentName": "Default", "description": None, "tags": {}, "isArchived": False, "inputs": {}, "outputs": {}}
+        base = {
+            "experimentName": "Default",
+            "description": None,
+            "tags": {},
+            "isArchived": False,
+            "inputs": {},
+            "outputs": {},
+        }
         base |= {k: v for k, v in properties.items() if v is not None}
         base |= {"displayName": properties.get("displayName") or name, "status": "Starting", "services": services}
         base["properties"] = {"ContentSnapshotId": str(uuid.uuid4())} | (properties.get("properties") or {})
@@ -143,7 +155,11 @@ class Jobs:
             raise bad("processCountPerInstance must be at least 1")
         seconds((properties.get("limits") or {}).get("timeout"))
         for name, given in (properties.get("inputs") or {}).items():
-            if given and given.get("jobInputType") != "literal" and given["uri"].startswith(("azureml:", "/subscriptions")):
+            if (
+                given
+                and given.get("jobInputType") != "literal"
+                and given["uri"].startswith(("azureml:", "/subscriptions"))
+            ):
                 bindings.resolve(self.plane, given["uri"])
             if not name.isidentifier():
                 raise bad(f"input name '{name}' is invalid", "InvalidName")
@@ -205,5 +221,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(v) for v in value]
     if isinstance(value, str) and ("/subscriptions/" in value or value.startswith("azureml:")):
-        return value.removeprefix("azureml:").lower().rsplit("/", 1)[-1] if "/computes/" in value else value.removeprefix("azureml:")
+        return (
+            value.removeprefix("azureml:").lower().rsplit("/", 1)[-1]
+            if "/computes/" in value
+            else value.removeprefix("azureml:")
+        )
     return value

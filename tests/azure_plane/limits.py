@@ -65,7 +65,9 @@ def check_tags(tags: dict[str, Any] | None) -> None:
         raise bad(f"{len(tags or {})} tags; a resource has at most {TAGS}", "TooManyTags")
     for name, value in (tags or {}).items():
         if not isinstance(value, str) or len(name) > TAG_NAME or len(value) > TAG_VALUE:
-            raise bad(f"tag '{name[:40]}': name up to {TAG_NAME}, value text of up to {TAG_VALUE} characters", "InvalidTag")
+            raise bad(
+                f"tag '{name[:40]}': name up to {TAG_NAME}, value text of up to {TAG_VALUE} characters", "InvalidTag"
+            )
 
 
 def check_size(size: str | None) -> tuple[int, int]:

@@ -64,7 +64,9 @@ class Plane:
         parts = (Workspaces(self), Control(self), History(self), Schedules(self))
         for part in (*parts, self.assets, self.computes, self.jobs, self.endpoints):
             part.routes()
-        region = f"{self.root.split('/resourceGroups')[0]}/providers/Microsoft.MachineLearningServices/locations/westeurope"
+        region = (
+            f"{self.root.split('/resourceGroups')[0]}/providers/Microsoft.MachineLearningServices/locations/westeurope"
+        )
         self.router.add("GET", f"{region}/mfeOperationsStatus/{{name}}", self.store.operation)
         self.router.add("GET", f"{region}/mfeOperationResults/{{name}}", self.store.result)
         self.server = Server(self.answer, self.context)

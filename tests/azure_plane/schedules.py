@@ -35,7 +35,9 @@ class Schedules:
         """Those that are on, or all."""
         view = request.query.get("listviewtype", "EnabledOnly")
         found = self.store.under("/schedules")
-        return page(request, [s for s in found if view == "All" or s["properties"]["isEnabled"] == (view == "EnabledOnly")])
+        return page(
+            request, [s for s in found if view == "All" or s["properties"]["isEnabled"] == (view == "EnabledOnly")]
+        )
 
     def get(self, request: Request, name: str) -> Reply:
         """One schedule."""
@@ -66,7 +68,11 @@ class Schedules:
                 raise bad(f"cron expression '{trigger.get('expression')}' does not have five fields", "InvalidTrigger")
         elif trigger.get("triggerType") == "Recurrence":
             interval = trigger.get("interval")
-            if str(trigger.get("frequency")).lower() not in FREQUENCIES or not isinstance(interval, int) or interval < 1:
+            if (
+                str(trigger.get("frequency")).lower() not in FREQUENCIES
+                or not isinstance(interval, int)
+                or interval < 1
+            ):
                 raise bad(f"recurrence every {interval} {trigger.get('frequency')} is none", "InvalidTrigger")
         else:
             raise bad(f"trigger type '{trigger.get('triggerType')}' is unknown", "InvalidTrigger")
@@ -89,4 +95,6 @@ class Schedules:
             made = self.plane.jobs.sent[source.rsplit("/", 1)[-1]]
         self.plane.jobs.create(job, made | {"tags": {"azureml.schedule": name}})
         (self.plane.executor if made["jobType"] == "Command" else self.plane.composite).start(job)
-        return Reply(200, {"jobName": job, "scheduleActionType": "CreateJob", "triggerTime": dt.datetime.now(dt.UTC).isoformat()})
+        return Reply(
+            200, {"jobName": job, "scheduleActionType": "CreateJob", "triggerTime": dt.datetime.now(dt.UTC).isoformat()}
+        )

@@ -102,7 +102,9 @@ class Scoring:
         room = int(asked.get("maxConcurrentRequestsPerInstance") or 1) * resource["sku"]["capacity"]
         with self.lock:
             if self.busy[name] >= room:
-                raise ArmError(429, "TooManyRequests", f"deployment {name} takes {room} requests at once", Retry_After="1")
+                raise ArmError(
+                    429, "TooManyRequests", f"deployment {name} takes {room} requests at once", Retry_After="1"
+                )
             self.busy[name] += 1
         timeout = seconds(asked.get("requestTimeout")) or 5.0
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
@@ -123,7 +125,9 @@ class Scoring:
         self.done(connection, name)
         return reply
 
-    def stream(self, connection: http.client.HTTPConnection, found: http.client.HTTPResponse, name: str) -> Iterator[bytes]:
+    def stream(
+        self, connection: http.client.HTTPConnection, found: http.client.HTTPResponse, name: str
+    ) -> Iterator[bytes]:
         """The parts of an answer as they come."""
         try:
             while part := found.read1(65536):

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +26,35 @@ ROOT = Path(__file__).resolve().parents[2]
 MOUNT = "/var/azureml-app/azureml-models"
 
 
-def dockerfile(text: str) -> tuple[list[str], dict[str, str]]:
-    """What a Dockerfile's last stage starts, and its variables."""
+@dataclass
+class Image:
+    """What a Dockerfile's last stage says: what is started, with which variables, and where its files come from."""
+
+    words: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # path in the image -> path in the context
+
+
+def dockerfile(text: str) -> Image:
+    """Read a Dockerfile as far as a server that is not in a container needs it."""
     text = re.sub(r"\\\s*\n", " ", re.sub(r"^\s*#.*\n", "", text, flags=re.M))
     found: dict[str, list[str]] = {"ENTRYPOINT": [], "CMD": []}
-    env: dict[str, str] = {}
+    image = Image([])
     for word, rest in re.findall(r"^\s*([A-Za-z]+)\s+(.*?)\s*$", text, flags=re.M):
         if word.upper() == "FROM":
-            found, env = {"ENTRYPOINT": [], "CMD": []}, {}
+            found, image = {"ENTRYPOINT": [], "CMD": []}, Image([])
         elif word.upper() in found:
-            words = json.loads(rest) if rest.startswith("[") else ["/bin/sh", "-c", rest]
-            found[word.upper()] = words
+            found[word.upper()] = json.loads(rest) if rest.startswith("[") else ["/bin/sh", "-c", rest]
         elif word.upper() == "ENV":
             pairs = shlex.split(rest) if "=" in rest.split()[0] else [rest.replace(" ", "=", 1)]
-            env |= dict(pair.split("=", 1) for pair in pairs)
-    return [*found["ENTRYPOINT"], *found["CMD"]], env
+            image.env |= dict(pair.split("=", 1) for pair in pairs)
+        elif word.upper() in ("COPY", "ADD"):
+            *sources, target = [part for part in shlex.split(rest) if not part.startswith("--")]
+            for source in sources:
+                below = target.endswith("/") or len(sources) > 1
+                image.files[f"{target.rstrip('/')}/{Path(source).name}" if below else target] = source
+    image.words = [*found["ENTRYPOINT"], *found["CMD"]]
+    return image
 
 
 class ServerProcess:
@@ -59,19 +74,26 @@ class ServerProcess:
         route = (self.environment.get("inferenceConfig") or {}).get(kind) or {}
         return str(route.get("path") or "/"), int(route.get("port") or 0)
 
-    def image(self) -> tuple[list[str], dict[str, str]]:
-        """What the environment's image starts, and its variables."""
+    def image(self) -> Image:
+        """What the environment's image starts."""
         if build := self.environment.get("build"):
-            place = self.plane.blobs.place(build["contextUri"])
-            self.plane.blobs.download(*place, self.folder / "context")
-            path = self.folder / "context" / (build.get("dockerfilePath") or "Dockerfile")
+            context = self.folder / "context"
+            self.plane.blobs.download(*self.plane.blobs.place(build["contextUri"]), context)
+            path = context / (build.get("dockerfilePath") or "Dockerfile")
             if not path.exists():
                 raise ArmError(400, "ImageBuildFailed", f"the build context has no {path.name}")
-            return dockerfile(path.read_text())
+            image = dockerfile(path.read_text())
+            lacking = [
+                source for source in image.files.values() if "*" not in source and not (context / source).exists()
+            ]
+            if lacking:
+                raise ArmError(400, "ImageBuildFailed", f"COPY: not in the build context: {', '.join(lacking)}")
+            image.files = {there: str(context / source) for there, source in image.files.items()}
+            return image
         words = self.plane.images.get(self.environment["image"])
         if words is None:
             raise ArmError(400, "ImagePullError", f"image {self.environment['image']} was not found")
-        return list(words), {}
+        return Image(list(words))
 
     def mount(self) -> dict[str, str]:
         """Bring the model; the names that its place has in the container -> where it is here."""
@@ -89,31 +111,40 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start the process, and wait until it says that it is ready."""
-        words, env = self.image()
-        if not words:
+        image = self.image()
+        env = dict(image.env)
+        if not image.words:
             raise ArmError(400, "ContainerStartFailed", "the image starts nothing: it has neither ENTRYPOINT nor CMD")
         places = self.mount()
         model = places.pop("AZUREML_MODEL_DIR", "")
+        places |= image.files
         env |= {"AZUREML_MODEL_DIR": model} if model else {}
         env |= {k: str(v) for k, v in (self.properties.get("environmentVariables") or {}).items()}
         env |= {"AZUREML_ENDPOINT_NAME": self.endpoint, "AZUREML_DEPLOYMENT_NAME": self.name}
         _, port = self.route("scoringRoute")
 
         def local(text: str) -> str:
-            for there, here in places.items():
-                text = text.replace(there, here)
+            for there in sorted(places, key=len, reverse=True):
+                text = re.sub(rf"(?<![\w./-]){re.escape(there)}(?![\w.-])", places[there], text)
             return re.sub(rf"(?<!\d){port}(?!\d)", str(self.port), text) if port else text
 
         kept = ("HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
         base = {key: os.environ[key] for key in kept if key in os.environ} | self.plane.wire.variables()
         env = base | {k: local(v) for k, v in env.items() if k != "PATH"}
+        env |= {"HOST": "127.0.0.1", "PORT": str(self.port)}  # the other half of the mapping: for scripts in the image
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         self.folder.mkdir(parents=True, exist_ok=True)
-        words = [local(word) for word in words]
+        words = [local(word) for word in image.words]
         with (self.folder / "server.log").open("ab") as log:
             try:
                 self.process = subprocess.Popen(
-                    words, cwd=self.folder, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                    words,
+                    cwd=self.folder,
+                    env=env,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
             except OSError as e:
                 raise ArmError(400, "ContainerStartFailed", f"{shlex.join(words)}: {e}") from None
@@ -132,11 +163,16 @@ class ServerProcess:
         while time.monotonic() < until and not self.plane.store.closed.is_set():
             if self.process is None or self.process.poll() is not None:
                 code = self.process.returncode if self.process else None
-                raise bad(f"The container exited with code {code}. Its last lines:\n{self.log()[-2000:]}", "ContainerCrashed")
+                raise bad(
+                    f"The container exited with code {code}. Its last lines:\n{self.log()[-2000:]}", "ContainerCrashed"
+                )
             if self.ask(path) == 200:
                 return
             time.sleep(0.05)
-        raise bad(f"GET {path} was not answered with 200 in time. Its last lines:\n{self.log()[-2000:]}", "ReadinessProbeFailed")
+        raise bad(
+            f"GET {path} was not answered with 200 in time. Its last lines:\n{self.log()[-2000:]}",
+            "ReadinessProbeFailed",
+        )
 
     def ask(self, path: str) -> int:
         """The status of a GET; 0 without an answer."""

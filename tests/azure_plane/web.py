@@ -65,7 +65,7 @@ class Reply:
         """The body as bytes."""
         if self.body is None:
             return b""
-        if isinstance(self.body, bytes) or isinstance(self.body, Iterator):
+        if isinstance(self.body, bytes | Iterator):
             return self.body
         self.headers.setdefault("content-type", "application/json; charset=utf-8")
         return json.dumps(self.body).encode()

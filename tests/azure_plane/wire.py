@@ -54,7 +54,11 @@ class Wire:
     def foreign(self) -> list[tuple[str, str]]:
         """What of it was not this machine."""
         here = {"localhost", "None", "", "::1", "0.0.0.0", "::", socket.gethostname()}
-        return [(e, h) for e, h in self.lines() if h not in here and not h.startswith(("127.", "/", "b'", "\\x00")) and not h.isdigit()]
+        return [
+            (e, h)
+            for e, h in self.lines()
+            if h not in here and not h.startswith(("127.", "/", "b'", "\\x00")) and not h.isdigit()
+        ]
 
     def close(self) -> None:
         """Stop writing for this plane."""

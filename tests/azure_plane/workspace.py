@@ -52,7 +52,11 @@ class Workspaces:
         }
         kind = {"kind": "Default", "sku": {"name": "Basic", "tier": "Basic"}, "identity": {"type": "SystemAssigned"}}
         head = {"id": plane.root, "name": plane.workspace, "location": "westeurope", "systemData": made}
-        return head | kind | {"type": "Microsoft.MachineLearningServices/workspaces", "tags": plane.tags, "properties": properties}
+        return (
+            head
+            | kind
+            | {"type": "Microsoft.MachineLearningServices/workspaces", "tags": plane.tags, "properties": properties}
+        )
 
     def get(self, request: Request) -> Reply:
         """The workspace."""

@@ -1,0 +1,147 @@
+"""The images of azure/environments/, built by buildah without a daemon and without a registry, and run.
+
+The base image of the Dockerfiles lies in a registry that is not asked here. In its place stands a Debian of the same
+release, made by debootstrap: the same Python, the same commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MIRROR = os.environ.get("LLMKIT_DEBIAN", "http://deb.debian.org/debian")
+pytestmark = pytest.mark.soak
+
+
+@dataclass
+class Buildah:
+    """buildah with a store of its own."""
+
+    home: Path
+
+    def __call__(self, *words: str | Path, **how: object) -> str:
+        """The output of one command; a failure shows its last lines."""
+        store = ["--storage-driver", "vfs", "--root", self.home / "store", "--runroot", self.home / "run"]
+        done = subprocess.run(["buildah", *store, *words], capture_output=True, text=True, **how)  # type: ignore[call-overload]
+        assert done.returncode == 0, f"buildah {words[0]}: {(done.stdout + done.stderr)[-3000:]}"
+        return done.stdout.strip()
+
+
+def pip_settings(folder: Path) -> list[str | Path]:
+    """Options of `buildah bud` that give pip inside what pip has outside: its settings, and the files they name."""
+    said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    lines, files = ["[global]"], set()
+    for line in said.stdout.splitlines():
+        key, _, value = line.partition("=")
+        name = key.removeprefix("global.").removeprefix(":env:.")
+        if "." in name or name in ("config-file", "constraint"):
+            continue
+        value = value.strip("'").replace("\\n", " ")
+        lines.append(f"{name} = {value}")
+        files |= {p for w in value.split() if Path(p := w.removeprefix("file://")).is_absolute() and Path(p).exists()}
+    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
+    mounts = [f"{folder / 'pip.conf'}:/etc/pip.conf:ro", *(f"{f}:{f}:ro" for f in sorted(files))]
+    return [word for mount in mounts for word in ("--volume", mount)]
+
+
+@pytest.fixture(scope="module")
+def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Buildah]:
+    """buildah, with the base image in its store."""
+    missing = [tool for tool in ("buildah", "debootstrap") if not shutil.which(tool)]
+    if missing or os.geteuid():
+        pytest.skip(f"wants root, and Debian's {' and '.join(missing or ['buildah'])}")
+    home = tmp_path_factory.mktemp("images")
+    found = Buildah(home)
+    command = ["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates", "bookworm"]
+    made = subprocess.run([*command, home / "debian", MIRROR], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no Debian from {MIRROR}: {(made.stdout + made.stderr)[-300:]}")
+    base = found("from", "scratch")
+    found("add", base, home / "debian", "/")
+    found("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", base)
+    found("commit", "--rm", base, "llmkit-base")
+    shutil.rmtree(home / "debian")
+    yield found
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def build(buildah: Buildah, name: str, context: Path) -> str:
+    """The image of an environment, from its own Dockerfile."""
+    dockerfile = ROOT / "azure" / "environments" / name / "Dockerfile"
+    words: list[str | Path] = ["bud", "--isolation", "chroot", "--build-arg", "BASE=localhost/llmkit-base"]
+    words += ["--build-arg", "TORCH_INDEX=https://pypi.org/simple"] if name == "serve" else []
+    words += pip_settings(buildah.home)
+    buildah(*words, "--file", dockerfile, "--tag", f"llmkit-{name}", context)
+    return f"localhost/llmkit-{name}"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ask(url: str, body: dict | None = None) -> tuple[int, str]:
+    """Status and text of a reply."""
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, reply.read().decode()
+    except URLError as e:
+        return getattr(e, "code", 0), str(e)
+
+
+@pytest.mark.timeout(3000)
+def test_the_serving_image_answers(buildah: Buildah, tmp_path: Path) -> None:
+    """Built, and started as Azure ML does it: the model below a mount, probes, then a completion without a key."""
+    from llmkit.core.tiny import tiny_model
+
+    tiny_model(tmp_path / "mount" / "llmkit" / "model")
+    tmp_path.chmod(0o755)
+    image, port = build(buildah, "serve", ROOT), free_port()
+    container = buildah("from", image)
+    inner = f"AZUREML_MODEL_DIR=/mount HOST=127.0.0.1 PORT={port} sh /opt/llmkit/start.sh"
+    store = ["--storage-driver", "vfs", "--root", buildah.home / "store", "--runroot", buildah.home / "run"]
+    volume = ["--volume", f"{tmp_path / 'mount'}:/mount:ro"]
+    command = ["buildah", *store, "run", "--isolation", "chroot", *volume, container, "--", "sh", "-c", inner]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        end = time.monotonic() + 120
+        while ask(f"http://127.0.0.1:{port}/readyz")[0] != 200 and time.monotonic() < end and server.poll() is None:
+            time.sleep(0.5)
+        status, text = ask(
+            f"http://127.0.0.1:{port}/v1/completions", {"model": "llmkit", "prompt": "a", "max_tokens": 4}
+        )
+        assert status == 200, f"{text} {server.poll()}"
+        assert json.loads(text)["usage"]["completion_tokens"] >= 1
+        who = buildah("run", "--isolation", "chroot", container, "--", "id", "-u")
+        assert who == "1000"
+    finally:
+        server.terminate()
+        output = server.communicate(timeout=60)[0]
+        print(output[-2000:])
+
+
+@pytest.mark.timeout(3000)
+def test_the_training_image_imports_what_jobs_need(buildah: Buildah) -> None:
+    image = build(buildah, "train", ROOT / "azure" / "environments" / "train")
+    container = buildah("from", image)
+    code = "import torch, transformers, trl, peft, mlflow, azureml.mlflow, papermill, onnxruntime_genai, evidently"
+    volume = ["--volume", f"{ROOT}:/code:ro", "--workingdir", "/code"]
+    code += "; import llmkit.training.job; print(mlflow.__version__)"
+    assert buildah("run", "--isolation", "chroot", *volume, container, "--", "python", "-c", code).startswith("3.")
+    assert "no broken" in buildah("run", "--isolation", "chroot", container, "--", "pip", "check").lower()
