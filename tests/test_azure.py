@@ -17,11 +17,14 @@ import nbformat
 import pytest
 
 from azure_plane import Plane
+from llmkit.azureml.assets import ensure_environment
 from llmkit.azureml.compute import down, status, up
+from llmkit.azureml.endpoint import EndpointBackend
 from llmkit.azureml.place import AzurePlace
 from llmkit.azureml.submit import send
 from llmkit.azureml.workspace import connect
-from llmkit.core.errors import LLMKitError, RunError, ServiceError
+from llmkit.core.errors import ConfigError, LLMKitError, RunError, ServiceError
+from llmkit.deployment.rollout import move_traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 CELL = "out = ''  # run folder\nlr = 0.1  # rate\nrevision = 'a'  # text\nnproc = 1\nnnodes = 1\nshared = ''"
@@ -158,6 +161,7 @@ def test_an_expired_token_is_renewed(place: AzurePlace, plane: Plane, project: P
 
 SEND = """import sys
 from pathlib import Path
+from llmkit.azureml.endpoint import EndpointBackend
 from llmkit.azureml.place import AzurePlace
 home = Path(sys.argv[1])
 print(AzurePlace(home=home, say=lambda line: None).submit(home / "nbs" / "tiny.ipynb", {"lr": 0.5}, compute="cpu"))
@@ -259,3 +263,162 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         AzurePlace(connect(names, start=project, patience=0.0)).list()
 
 
+
+
+@pytest.fixture
+def endpoint(plane: Plane, tmp_path: Path) -> Iterator[tuple[EndpointBackend, Path]]:
+    """An endpoint whose deployments are small servers that say their name."""
+    image = tmp_path / "image"
+    image.mkdir()
+    (image / "serve.py").write_text(SERVER)
+    lines = ["FROM python:3.11", "COPY serve.py /opt/serve.py", 'CMD ["python", "/opt/serve.py"]']
+    (image / "Dockerfile").write_text("\n".join(lines))
+    routes = {f"{kind}_route": {"port": 8000, "path": "/"} for kind in ("liveness", "readiness", "scoring")}
+    spec = {"name": "serve", "build": {"path": "."}, "inference_config": routes}
+    (image / "environment.yml").write_text(json.dumps(spec))
+    (tmp_path / "endpoint.yml").write_text("name: llmkit\nauth_mode: key\n")
+    service = connect()
+    environment = ensure_environment(service, image, say=lambda line: None)
+    for name in ("blue", "green"):
+        said = {"name": name, "endpoint_name": "llmkit", "environment": environment, "instance_count": 1}
+        said |= {"instance_type": "Standard_DS3_v2", "environment_variables": {"WHO": name}}
+        said |= {"readiness_probe": {"period": 1, "failure_threshold": 20}}
+        (tmp_path / f"{name}.yml").write_text(json.dumps(said))
+    found = EndpointBackend(service, "llmkit", patience=60.0, every=0.1)
+    yield found, tmp_path
+    found.delete()
+
+
+SERVER = """import os
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Says(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(os.environ["WHO"].encode())
+
+    do_POST = do_GET
+
+HTTPServer(("127.0.0.1", int(os.environ.get("PORT", "8000"))), Says).serve_forever()
+"""
+
+
+def test_blue_and_green(endpoint: tuple[EndpointBackend, Path], plane: Plane) -> None:
+    """Made twice without complaint, traffic set and read back, mirrored, keys rotated, deleted."""
+    backend, folder = endpoint
+    for _ in range(2):
+        backend.make(folder / "endpoint.yml", say=lambda line: None)
+        backend.deploy(folder / "blue.yml", say=lambda line: None)
+    backend.deploy(folder / "green.yml", say=lambda line: None)
+    move_traffic(backend, {"blue": 1.0})
+    backend.mirror("green", 10)
+    assert backend.traffic() == {"blue": 1.0}
+    busy = {"method": "PUT", "status": 409, "message": "The endpoint is Updating", "times": 2}
+    plane.faults.add(path="*/onlineendpoints/llmkit", **busy)
+    move_traffic(backend, {"blue": 0.95, "green": 0.05})
+    assert backend.traffic() == {"blue": 0.95, "green": 0.05}
+    first = backend.keys()
+    assert backend.rotate("secondary") != first[1] and backend.keys()[0] == first[0]
+    with pytest.raises(ConfigError, match="green gets 5 % of the traffic"):
+        backend.remove("green")
+    move_traffic(backend, {"blue": 1.0})
+    backend.remove("green")
+    assert sorted(backend.deployments()) == ["blue"]
+    assert isinstance(backend.logs("blue"), list)
+
+
+def llmkit(project: Path, *words: str) -> tuple[int, str]:
+    """Exit code and output of the command, called in the project."""
+    line = [sys.executable, "-m", "llmkit.cli", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_command_line(plane: Plane, project: Path) -> None:
+    """The same verbs as for jobs of this machine."""
+    code, text = llmkit(project, "azure", "up", "cpu")
+    assert code == 0 and "cpu made" in text and "USD/h" in text, text
+    code, text = llmkit(project, "run", "nbs/tiny.ipynb", "-p", "lr", "0.3", "--on", "azureml", "--compute", "cpu")
+    assert code == 0 and "lr 0.3 revision a" in text, text
+    id = next(iter(made(AzurePlace(connect(), project))))
+    code, text = llmkit(project, "jobs", "show", id)
+    assert code == 0 and "finished" in text and "lr 0.3" in text, text
+    code, text = llmkit(project, "jobs", "fetch", id, "got")
+    assert code == 0 and (project / "got" / "result.json").exists(), text
+    code, text = llmkit(project, "jobs", "list", "--on", "azureml")
+    assert code == 0 and id in text, text
+    code, text = llmkit(project, "azure", "status")
+    assert code == 0 and "succeeded" in text, text
+    code, text = llmkit(project, "run", "nbs/tiny.ipynb", "-p", "lrr", "1", "--on", "azureml", "--compute", "cpu")
+    assert code == 2 and "no parameter 'lrr'; did you mean 'lr'?" in text and text.count("\n") == 1, text
+
+
+def test_a_sweep_is_one_job_with_trials(place: AzurePlace, project: Path) -> None:
+    job = project / "nbs" / "tiny.ipynb"
+    options = {"compute": "cpu", "sweep": {"lr": [0.1, 0.2]}, "parallel": 2}
+    id = place.submit(job, {"revision": "b"}, **options)
+    assert place.submit(job, {"revision": "b"}, **options) == id
+    assert ended(place, id).state == "finished", list(place.logs(id))
+    with pytest.raises(ConfigError, match="lr = 'x'"):
+        place.submit(job, {}, compute="cpu", sweep={"lr": [0.1, "x"]})
+
+
+LINE = {
+    "$schema": "https://azuremlschemas.azureedge.net/latest/pipelineJob.schema.json",
+    "type": "pipeline",
+    "settings": {"default_compute": "azureml:cpu"},
+    "outputs": {"text": {"type": "uri_folder"}},
+    "jobs": {
+        "write": {
+            "type": "command",
+            "command": "echo words > ${{outputs.text}}/a.txt",
+            "code": "../nbs",
+            "environment": {"image": "python:3.11"},
+            "outputs": {"text": {"type": "uri_folder"}},
+        },
+        "count": {
+            "type": "command",
+            "command": "wc -c < ${{inputs.text}}/a.txt > ${{outputs.text}}/b.txt",
+            "environment": {"image": "python:3.11"},
+            "inputs": {"text": "${{parent.jobs.write.outputs.text}}"},
+            "outputs": {"text": "${{parent.outputs.text}}"},
+        },
+    },
+}
+
+
+def test_a_pipeline_and_a_schedule_from_files(place: AzurePlace, project: Path, tmp_path: Path) -> None:
+    (project / "jobs").mkdir()
+    line = project / "jobs" / "line.yml"
+    line.write_text(json.dumps(LINE))
+    id = place.send_file(line)
+    assert place.send_file(line) == id and made(place) == {id}
+    assert ended(place, id).state == "finished", list(place.logs(id))
+    found = place.fetch(id, tmp_path / "got")
+    assert [p.read_text().strip() for p in found.rglob("b.txt")] == ["6"]
+    weekly = project / "jobs" / "weekly.yml"
+    trigger = {"type": "cron", "expression": "0 4 * * 1"}
+    weekly.write_text(json.dumps({"name": "weekly", "trigger": trigger, "create_job": "./line.yml"}))
+    for _ in range(2):
+        assert place.send_file(weekly) == "weekly"
+    names = place.service.call("list the schedules", lambda c: [s.name for s in c.schedules.list()])
+    assert names == ["weekly"]
+
+
+@pytest.mark.soak
+def test_the_whole_line_is_the_same_there(plane: Plane, tmp_path: Path) -> None:
+    """The quickstart's report, here and in Azure ML: data, losses, perplexities, gate and verdicts."""
+    assert llmkit(ROOT, "azure", "up", "cpu")[0] == 0
+    here, there = tmp_path / "here", tmp_path / "there"
+    for out, words in ((here, ()), (there, ("--on", "azureml", "--compute", "cpu"))):
+        line = ("quickstart", "--preset", "tiny", "--out", str(out), *words)
+        done = subprocess.run([sys.executable, "-m", "llmkit.cli", *line], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("01_prepare_data", "02_train_model", "03_evaluate_model"):
+        mine, other = (json.loads((out / stage / "result.json").read_text()) for out in (here, there))
+        same = [k for k, v in mine["metrics"].items() if "second" not in k and "per_s" not in k]
+        assert {k: mine["metrics"][k] for k in same} == {k: other["metrics"][k] for k in same}
+        assert [c["passed"] for c in mine["gate"]] == [c["passed"] for c in other["gate"]]
+    assert len(list(there.rglob("report.html"))) == 1
