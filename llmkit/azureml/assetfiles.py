@@ -5,14 +5,16 @@
 # %% ../../nbs/azureml/02e_assetfiles.ipynb #40fc058e
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
-from .rules import image, name_of, vm_size, whole
+from .rules import Rule, image, name_of, one_of, vm_size, whole
 from .sheet import Sheet
 from ..core.config import nearest
 
 # %% auto #0
-__all__ = ['PROBES', 'check_compute_file', 'check_environment', 'check_deployment', 'check_shares', 'check_endpoint']
+__all__ = ['PROBES', 'RULE', 'check_compute_file', 'check_environment', 'check_deployment', 'check_shares', 'check_endpoint',
+           'check_autoscale']
 
 # %% ../../nbs/azureml/02e_assetfiles.ipynb #e481ebca
 def check_compute_file(sheet: Sheet) -> None:
@@ -90,7 +92,7 @@ def check_shares(sheet: Sheet, key: str, deployments: Iterable[str], least: int,
             sheet.say(f"{key}.{name}", "is no deployment of this endpoint", known)
     return found
 
-
+# %% ../../nbs/azureml/02e_assetfiles.ipynb #d03ab1d6
 def check_endpoint(sheet: Sheet, deployments: Iterable[str] = ()) -> None:
     "An online endpoint, whose deployments are known by name."
     sheet.obey("name", name_of("endpoint"))
@@ -104,3 +106,32 @@ def check_endpoint(sheet: Sheet, deployments: Iterable[str] = ()) -> None:
     for name in mirror:
         if traffic.get(name):
             sheet.say(f"mirror_traffic.{name}", f"gets {traffic[name]} % of the traffic too", "take it out of traffic")
+
+# %% ../../nbs/azureml/02e_assetfiles.ipynb #ebaa1b57
+RULE: dict[str, Rule] = {
+    "of": one_of("deployment", "endpoint"),
+    "operator": one_of("GreaterThan", "GreaterThanOrEqual", "LessThan", "LessThanOrEqual", "Equals", "NotEquals"),
+    "direction": one_of("Increase", "Decrease"),
+    "threshold": lambda v: "" if isinstance(v, int | float) and not isinstance(v, bool) else "must be a number",
+    "by": whole(1),
+    "window": lambda v: "" if re.fullmatch(r"PT\d+[MH]", str(v)) else "must be a duration, for example PT5M",
+    "cooldown": lambda v: "" if re.fullmatch(r"PT\d+[MH]", str(v)) else "must be a duration, for example PT10M",
+    "metric": lambda v: "" if isinstance(v, str) and v else "must name a metric of Azure Monitor",
+}
+
+
+def check_autoscale(sheet: Sheet) -> None:
+    "The rules by which a deployment gets and loses instances."
+    sheet.obey("min_instances", whole(1), required=True)
+    sheet.obey("max_instances", whole(1), required=True)
+    low, high = sheet.get("min_instances"), sheet.get("max_instances")
+    if isinstance(low, int) and isinstance(high, int) and low > high >= 1:
+        sheet.say("min_instances", f"is {low}, over max_instances {high}", "lower it")
+    rules = sheet.get("rules")
+    for i, rule in enumerate(rules if isinstance(rules, list) else []):
+        one = Sheet(sheet.path, rule, f"rules.{i}.", sheet.problems)
+        for key, check in RULE.items():
+            one.obey(key, check, required=True)
+    ways = {rule.get("direction") for rule in rules or []}
+    for way in {"Increase", "Decrease"} - ways:
+        sheet.say("rules", f"have none that says {way}", "add one: what is only added is never given back")

@@ -35,7 +35,7 @@ def environment_file(folder: str | Path) -> Path:
         )
     return path
 
-
+# %% ../../nbs/azureml/07_assets.ipynb #55ac84f5
 def environment_spec(folder: str | Path, parcel: Parcel) -> dict[str, Any]:
     "An environment with its build context copied and its content's digits as version."
     path = environment_file(folder)
@@ -43,7 +43,7 @@ def environment_spec(folder: str | Path, parcel: Parcel) -> dict[str, Any]:
     inner = {k: v for k, v in essence(spec, parcel).items() if k not in ("version", "tags", "description")}
     return spec | {"version": hashlib.sha256(json.dumps(inner, sort_keys=True).encode()).hexdigest()[:12]}
 
-
+# %% ../../nbs/azureml/07_assets.ipynb #6298b65a
 def environment_name(folder: str | Path) -> str:
     "An environment as a job names it: azureml:NAME:VERSION; what is one already stays."
     if str(folder).startswith(("azureml:", "/subscriptions/")):
@@ -92,13 +92,13 @@ def card_tags(folder: Path) -> dict[str, str]:
     metrics = {f"metric.{k}": f"{v:.6g}" for k, v in (card.get("metrics") or {}).items() if isinstance(v, int | float)}
     return metrics | ({"base": str(card["base"])[:250]} if card.get("base") else {})
 
-
+# %% ../../nbs/azureml/07_assets.ipynb #9d6bf9d9
 def model_version(versions: Mapping[int, str], digest: str) -> tuple[int, bool]:
     "The version of a model with this digest, and whether it is there; else the next one."
     same = [v for v, d in versions.items() if d == digest]
     return (max(same), True) if same else (max(versions, default=0) + 1, False)
 
-
+# %% ../../nbs/azureml/07_assets.ipynb #3d8c6b81
 def register_model(service: Service, folder: str | Path, name: str, tags: Mapping[str, str] | None = None) -> int:
     "Register a model folder unless this content is; its version."
     home = Path(folder).resolve()

@@ -31,7 +31,7 @@ def rules_in(folder: Path, name: str) -> Any:
     path = folder / name
     return GitIgnoreSpec.from_lines(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else None
 
-
+# %% ../../nbs/azureml/03a_code.ipynb #a7aab813
 def left_out(path: Path, is_folder: bool, rules: list[tuple[Path, Any]]) -> bool:
     "Whether rules, the outer ones first, leave out a path."
     verdict = False
@@ -72,7 +72,7 @@ class Code:
         sizes = sorted(((self.folder / f).stat().st_size, str(f)) for f in self.files)[::-1]
         return [f"{name} ({megabytes(size)})" for size, name in sizes[:n]]
 
-
+# %% ../../nbs/azureml/03a_code.ipynb #3ffad644
 def megabytes(size: int) -> str:
     "A size as text."
     return f"{size / 1e6:.1f} MB"
@@ -89,7 +89,7 @@ def digest_of(folder: Path, files: list[Path]) -> str:
                 found.update(block)
     return found.hexdigest()
 
-
+# %% ../../nbs/azureml/03a_code.ipynb #138cde7b
 def read_code(
     folder: str | Path,
     limit_mb: float = 100.0,  # refuse more than this

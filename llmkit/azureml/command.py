@@ -39,7 +39,7 @@ def unbalanced(text: str) -> str:
     opened = text.count("[[") - text.count("]]")
     return "]]" if "$[[" in text and opened < 0 else ""
 
-
+# %% ../../nbs/azureml/02c_command.ipynb #32b51dff
 def references(text: str) -> list[str]:
     "The names that `${{...}}` refer to."
     return PLACE.findall(text)
@@ -65,7 +65,7 @@ def words_of(command: str) -> list[str]:
     except ValueError as e:
         raise ConfigError(f"the command cannot be read: {e}", "close its quotes") from e
 
-
+# %% ../../nbs/azureml/02c_command.ipynb #7f7c544a
 def notebook_words(words: list[str]) -> list[str]:
     "The words from the notebook of a command on, to the end of that call; empty if it runs none."
     runs = [i for i, w in enumerate(words) if w in ("papermill", "run")]
@@ -94,7 +94,7 @@ def notebook_call(command: str) -> NotebookCall | None:
             call.files.append(next(rest, ""))
     return call
 
-
+# %% ../../nbs/azureml/02c_command.ipynb #ae8f3162
 def decoded(text: str) -> dict[str, Any]:
     "Parameters from base64 of YAML."
     try:
@@ -139,7 +139,7 @@ def resolved(call: NotebookCall, inputs: dict[str, Any]) -> NotebookCall:
     texts, typed = ({n: fill(v) for n, v in given.items()} for given in (call.texts, call.typed))
     return NotebookCall(call.notebook, typed, texts, call.files)
 
-
+# %% ../../nbs/azureml/02c_command.ipynb #44a2bfac
 def given_values(path: Path, call: NotebookCall) -> dict[str, Any]:
     "The parameters of a call with their types; what is only known on the node is left out where it is no text."
     hints, values = field_types(path), {}
@@ -151,7 +151,7 @@ def given_values(path: Path, call: NotebookCall) -> dict[str, Any]:
             values[name] = value
     return values
 
-
+# %% ../../nbs/azureml/02c_command.ipynb #3aabf0af
 def check_call(sheet: Sheet, call: NotebookCall, path: Path) -> None:
     "Note what is wrong with a notebook and its parameters."
     what, remedy = notebook_problem(path)
@@ -159,8 +159,8 @@ def check_call(sheet: Sheet, call: NotebookCall, path: Path) -> None:
         return sheet.say("command", f"the notebook {call.notebook} {what}", remedy)
     try:
         for name in call.files:
-            if (found := sheet.local(name)) and "$" not in name:
-                call.typed |= read_settings(found)
+            if "$" not in name:
+                call.typed |= read_settings((sheet.local(sheet.get("code")) or path.parent) / name)
         check(path, given_values(path, call))
     except LLMKitError as e:
         sheet.say("command", e.message, e.hint or "mend the parameter")

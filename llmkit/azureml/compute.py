@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .preflight import vet
+from .preflight import sdk_load, vet
 from .sheet import Sheet, read_sheet
+from .submit import write_yaml
 from .workspace import Service, Workspace
 from ..core.config import nearest
 from ..core.errors import ConfigError, DataError, LLMKitError
@@ -52,7 +53,7 @@ class Price:
     def __str__(self) -> str:
         return f"{self.per_hour:g} {self.currency}/h" + (f" ({self.as_of})" if self.as_of else "")
 
-
+# %% ../../nbs/azureml/06_compute.ipynb #8f7a554b
 def price_of(sheet: Sheet) -> Price | None:
     "The price in a file's tag `llmkit`; None without one."
     said = sheet.get("tags.llmkit")
@@ -80,7 +81,7 @@ def plain_tier(value: Any) -> str:
     "A tier as one word."
     return str(value or "dedicated").lower().replace("_", "")
 
-
+# %% ../../nbs/azureml/06_compute.ipynb #ecd033b7
 def differs(found: Any, wanted: Any) -> list[str]:
     "What of a cluster that is there can and must be changed; `ConfigError` for what cannot."
     fixed = {"size": (str(found.size).lower(), str(wanted.size).lower())}
@@ -101,12 +102,12 @@ def wanted(service: Service, sheet: Sheet) -> Any:
         path = write_yaml(expanded(sheet.data, service.place), Path(folder) / sheet.path.name)
         return sdk_load(path, "compute")
 
-
+# %% ../../nbs/azureml/06_compute.ipynb #c9881b98
 def word(state: Any) -> str:
     "A state of the SDK as a word; it gives text or a member of an enumeration."
     return str(getattr(state, "value", state)).lower()
 
-
+# %% ../../nbs/azureml/06_compute.ipynb #de5ea2d1
 def find(service: Service, name: str) -> Any:
     "A cluster that is there; None if it is not."
     return service.find(f"look for the cluster {name}", lambda c: c.compute.get(name))
@@ -122,7 +123,7 @@ def bring(service: Service, sheet: Sheet, say: Callable[[str], Any] = print) -> 
     what = "is as described" if not changes else "made" if found is None else f"changed: {', '.join(changes)}"
     say(f"{name} {what}; {sheet.get('size')}, a node {price or 'at an unknown price'}")
 
-
+# %% ../../nbs/azureml/06_compute.ipynb #3d4cf52e
 def up(service: Service, home: str | Path = ".", names: Iterable[str] = (), say: Callable[[str], Any] = print) -> None:
     "Make the clusters that files describe; one that cannot be made does not keep the others from it."
     failures: list[LLMKitError] = []
@@ -149,7 +150,7 @@ def down(
         service.find(f"take away the cluster {name}", call)
         say(f"{name} taken away")
 
-
+# %% ../../nbs/azureml/06_compute.ipynb #2d62cf7c
 def status(service: Service, home: str | Path = ".") -> list[dict[str, Any]]:
     "A line a described cluster: its state, the nodes that are on, and what they cost an hour."
     lines = []

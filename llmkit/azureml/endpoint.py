@@ -21,7 +21,7 @@ from ..core.errors import ConfigError, LLMKitError, MissingError, ServiceError
 from ..core.resilience import Deadline
 
 # %% auto #0
-__all__ = ['percents', 'Endpoint', 'loaded', 'Making', 'Shifting', 'Keeping', 'EndpointBackend']
+__all__ = ['percents', 'Endpoint', 'loaded', 'Making', 'sides', 'Shifting', 'Keeping', 'EndpointBackend']
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #02217ed5
 def percents(weights: Mapping[str, float]) -> dict[str, int]:
@@ -76,7 +76,7 @@ def loaded(service: Service, path: str | Path, kind: str, over: Mapping[str, Any
     with tempfile.TemporaryDirectory(prefix="llmkit-endpoint-") as folder:
         return sdk_load(write_yaml(spec, Path(folder) / Path(path).name), kind)
 
-
+# %% ../../nbs/azureml/04_endpoint.ipynb #fea663ae
 class Making(Endpoint):
     "An endpoint that can be made from files."
 
@@ -118,6 +118,13 @@ class Making(Endpoint):
         call = lambda c: c.online_deployments.get_logs(name=deployment, endpoint_name=self.name, lines=lines)  # noqa: E731
         return str(self.service.call(f"read the log of {deployment}", call)).splitlines()
 
+# %% ../../nbs/azureml/04_endpoint.ipynb #4cf71eca
+def sides(found: Any) -> tuple[dict[str, int], dict[str, int]]:
+    "Shares and mirrored traffic of an endpoint, those above 0."
+    pairs = (found.traffic or {}, found.mirror_traffic or {})
+    now, side = ({n: int(s) for n, s in group.items() if int(s)} for group in pairs)
+    return now, side
+
 # %% ../../nbs/azureml/04_endpoint.ipynb #45369168
 class Shifting(Making):
     "An endpoint whose traffic can be moved."
@@ -125,12 +132,6 @@ class Shifting(Making):
     def shares(self) -> dict[str, int]:
         "Percents of the traffic by deployment, those above 0."
         return {n: int(s) for n, s in (self.get().traffic or {}).items() if int(s)}
-
-    def sides(self, found: Any) -> tuple[dict[str, int], dict[str, int]]:
-        "Shares and mirrored traffic of an endpoint, those above 0."
-        pairs = (found.traffic or {}, found.mirror_traffic or {})
-        now, side = ({n: int(s) for n, s in group.items() if int(s)} for group in pairs)
-        return now, side
 
     def put(self, traffic: Mapping[str, int] | None = None, mirror: Mapping[str, int] | None = None) -> None:
         "Set shares or mirrored traffic and wait until the service shows them."
@@ -142,7 +143,7 @@ class Shifting(Making):
         deadline = Deadline(self.patience)
         while True:
             found = self.settled()
-            now, side = self.sides(found)
+            now, side = sides(found)
             want = now if traffic is None else {n: s for n, s in traffic.items() if s}
             kept = side if mirror is None else mirror
             aside = {n: s for n, s in kept.items() if s and not want.get(n)}

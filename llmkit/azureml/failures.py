@@ -23,7 +23,7 @@ def facts(error: BaseException) -> tuple[int, str, str]:
     "HTTP status (0 if there was no answer), Azure's error code, and the message in one line."
     status = getattr(error, "status_code", None) or 0
     inner = getattr(error, "error", None)
-    code = getattr(inner, "code", None) or ""
+    code = getattr(inner, "code", None) or getattr(error, "error_code", None) or ""
     text = getattr(inner, "message", None) or getattr(error, "message", None) or str(error)
     return int(status), str(code), " ".join(str(text).split())[:400].rstrip(".")
 
@@ -32,9 +32,10 @@ BUSY = {408, 429, 500, 502, 503, 504}  # HTTP statuses that pass
 
 
 def expired(error: BaseException) -> bool:
-    "Whether a token ran out: a new client with a new one can go on."
+    "Whether a token, or the permission to upload, ran out: a new client with a new one can go on."
     status, code, text = facts(error)
-    return status == 401 and "expired" in f"{code} {text}".lower()
+    old = status == 401 and "expired" in f"{code} {text}".lower()
+    return old or (status == 403 and "AuthenticationFailed" in f"{code} {text}")  # storage's word for it
 
 # %% ../../nbs/azureml/01a_failures.ipynb #0027ec6a
 def passing(error: BaseException) -> bool:
@@ -109,7 +110,7 @@ def steady(
         try:
             return work()
         except Exception as e:  # the SDK raises from six families; what is none of them goes on
-            if not passing(e) or not deadline.left:
+            if not passing(e) or not deadline.left or (expired(e) and turn > 4):
                 known = explain(e, doing)
                 if known is None:
                     raise

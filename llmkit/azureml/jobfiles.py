@@ -46,7 +46,7 @@ def compute_name(value: Any) -> str:
     text = str(value or "").removeprefix("azureml:")
     return "" if "/" in text or "${{" in text or text in ("serverless", "local") else text
 
-
+# %% ../../nbs/azureml/02d_jobfiles.ipynb #05e2b8a9
 def check_compute(sheet: Sheet, default: Any = None) -> None:
     "The compute of a job."
     value = sheet.get("compute") or default
@@ -114,7 +114,7 @@ def check_command(sheet: Sheet, default_compute: Any = None, alone: bool = True)
     check_compute(sheet, default_compute)
     check_body(sheet)
 
-
+# %% ../../nbs/azureml/02d_jobfiles.ipynb #a50eda83
 def check_body(sheet: Sheet) -> None:
     "What jobs and components have in common."
     check_numbers(sheet)
@@ -174,7 +174,7 @@ def check_wiring(step: Sheet, component: Sheet) -> None:
         if name not in given and not optional:
             step.say(f"inputs.{name}", f"is missing, and {component.path.name} needs it", "give it")
 
-
+# %% ../../nbs/azureml/02d_jobfiles.ipynb #a239e386
 def check_step(step: Sheet, default_compute: Any) -> dict[str, Any] | None:
     "One step of a pipeline; returns its outputs, None where only the service knows them."
     component = component_of(step)
@@ -209,7 +209,7 @@ def parent_problem(pipeline: Sheet, outputs: dict[str, dict[str, Any] | None], n
         return "", ""
     return f"refers to {output!r}, no output of step {step}", nearest(output, made) if made else "declare it there"
 
-
+# %% ../../nbs/azureml/02d_jobfiles.ipynb #8cf1fc04
 def check_parents(pipeline: Sheet, outputs: dict[str, dict[str, Any] | None]) -> None:
     "Every reference to the pipeline in its steps."
     for step in outputs:

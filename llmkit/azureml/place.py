@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,21 +19,24 @@ from typing import Any
 
 from .assets import ensure_environment, environment_name
 from .command import notebook_call
+from .line import line_spec
 from .rules import gpus_of
 from .sheet import read_sheet
-from .spec import Target, check_sweep_values, job_spec, sweep_spec
+from .schedule import make_schedule
+from .spec import Target, check_sweep_values, job_spec, placed, sweep_spec
 from .submit import Sent, send, state_of
-from .workspace import Service, connect
+from .workspace import VARIABLES, Service, Workspace, connect
 from ..core.config import nearest
 from ..core.errors import ConfigError, RunError
 from ..core.resilience import Deadline
+from ..core.settings import read_settings
 from ..runner.facts import git_facts
 from ..runner.inspect import find_job
 from ..runner.manage import JobRow, State
 
 # %% auto #0
-__all__ = ['STATES', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Submitting', 'stream', 'lines_of',
-           'Watching', 'AzurePlace']
+__all__ = ['STATES', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting', 'Submitting',
+           'stream', 'lines_of', 'rest', 'Watching', 'AzurePlace']
 
 # %% ../../nbs/azureml/08_place.ipynb #f06c2ace
 STATES: dict[str, State] = {
@@ -46,7 +50,7 @@ def moment(value: Any) -> float | None:
     "A datetime of the SDK as seconds since 1970."
     return value.timestamp() if hasattr(value, "timestamp") else None
 
-
+# %% ../../nbs/azureml/08_place.ipynb #27f2de90
 def given_to(job: Any) -> dict[str, Any]:
     "The parameters in a job's command."
     command = getattr(job, "command", None) or getattr(getattr(job, "trial", None), "command", None) or ""
@@ -56,7 +60,7 @@ def given_to(job: Any) -> dict[str, Any]:
         return {}
     return call.typed | call.texts if call else {}
 
-
+# %% ../../nbs/azureml/08_place.ipynb #3c441b32
 def row_of(job: Any) -> JobRow:
     "A job of the SDK as a row."
     made, state = getattr(job, "creation_context", None), STATES.get(state_of(job), "queued")
@@ -71,7 +75,7 @@ def cluster_files(home: Path) -> list[Path]:
     "The clusters that are described below a folder."
     return sorted((home / "azure" / "compute_configs").glob("*.yml"))
 
-
+# %% ../../nbs/azureml/08_place.ipynb #351153e4
 def check_target(target: Target, files: list[Path]) -> None:
     "`ConfigError` if the cluster of a target is not described, too small, or has other GPUs."
     sheets = {str(s.get("name")): s for s in map(read_sheet, files)}
@@ -116,8 +120,8 @@ class Azure:
         return job
 
 # %% ../../nbs/azureml/08_place.ipynb #e13f0c09
-class Submitting(Azure):
-    "Azure ML as a place to send jobs to."
+class Aiming(Azure):
+    "A workspace whose clusters and environments are described in the project."
 
     def target(self, options: dict[str, Any]) -> Target:
         "Where a job is to run; options that are None are left to their defaults."
@@ -128,28 +132,29 @@ class Submitting(Azure):
             raise ConfigError("no compute to run on", hint)
         return Target.from_dict({"code": str(self.home)} | given)
 
-    def spec(self, notebook: Path, params: dict[str, Any], target: Target, environment: str) -> dict[str, Any]:
-        "The job as YAML has it."
-        git = git_facts(self.home)
-        variables = {"LLMKIT_GIT": json.dumps(git)} if git else {}
-        return job_spec(notebook, params, target, environment, variables)
+    def implied(self, notebook: Path, **options: Any) -> dict[str, Any]:
+        "The parameters that follow from the machines that a job is to get."
+        return placed(find_job(notebook), {}, self.target(options))
 
-    def submit(self, notebook: Path, params: dict[str, Any], **options: Any) -> str:
-        "Send a job notebook, or the sweep over it; its id. Safe to call again."
-        sweep, parallel = options.pop("sweep", None), options.pop("parallel", 1)
-        target = self.target(options)
-        check_target(target, cluster_files(self.home))
+    def source(self, target: Target) -> Path | str:
+        "The environment of a target: a folder of the project, or a name in Azure ML."
         folder = self.home / target.environment
-        source = folder if folder.exists() else target.environment
-        spec = self.spec(notebook, params, target, environment_name(source))
-        if sweep:
-            check_sweep_values(notebook, params, sweep)
-            spec = sweep_spec(spec, sweep, target, parallel or 1)
-        ensure_environment(self.service, source, self.say)
-        stem = f"{find_job(notebook).stem}{'-sweep' if sweep else ''}"
-        sent = send(
-            self.service, spec, stem, self.home, target.label, cluster_files(self.home), target.code_limit, self.say
-        )
+        return folder if folder.exists() else target.environment
+
+    def variables(self) -> dict[str, str]:
+        "What a job is told of where its code came from."
+        git = git_facts(self.home)
+        return {"LLMKIT_GIT": json.dumps(git)} if git else {}
+
+# %% ../../nbs/azureml/08_place.ipynb #551ea521
+class Posting(Aiming):
+    "Sends what is written down."
+
+    def post(self, spec: dict[str, Any], stem: str, target: Target) -> str:
+        "Register the environment and send a job; its id."
+        how: dict[str, Any] = {"label": target.label, "limit_mb": target.code_limit, "say": self.say}
+        how["ready"] = lambda: ensure_environment(self.service, self.source(target), self.say)
+        sent = send(self.service, spec, stem, self.home, beside=cluster_files(self.home), **how)
         self.tell(sent)
         return sent.name
 
@@ -158,27 +163,71 @@ class Submitting(Azure):
         how = "submitted" if sent.new else f"is there already, {sent.state}; --label TEXT makes another"
         self.say(f"{sent.name} {how}{f' {sent.url}' if sent.url else ''}")
 
+# %% ../../nbs/azureml/08_place.ipynb #6f42dc66
+class Submitting(Posting):
+    "Azure ML as a place to send jobs to."
+
+    def submit(self, notebook: Path, params: dict[str, Any], **options: Any) -> str:
+        "Send a job notebook, or the sweep over it; its id. Safe to call again."
+        sweep, parallel = options.pop("sweep", None), options.pop("parallel", 1)
+        target = self.target(options)
+        check_target(target, cluster_files(self.home))
+        spec = job_spec(notebook, params, target, environment_name(self.source(target)), self.variables())
+        if sweep:
+            check_sweep_values(notebook, params, sweep)
+            spec = sweep_spec(spec, sweep, target, parallel or 1)
+        return self.post(spec, f"{find_job(notebook).stem}{'-sweep' if sweep else ''}", target)
+
+    def submit_line(self, data: list[str], preset: str, seed: int, **options: Any) -> str:
+        "Send the whole line as one job; its id. Safe to call again."
+        target = self.target(options)
+        check_target(target, cluster_files(self.home))
+        named = environment_name(self.source(target))
+        return self.post(line_spec(data, preset, seed, target, named, self.variables()), "quickstart", target)
+
+    def send_file(self, file: Path, label: str = "", limit_mb: float = 100.0) -> str:
+        "Send the job, sweep or pipeline in a YAML file, or set the schedule; its id."
+        kind = read_sheet(file).kind
+        if kind == "schedule":
+            return make_schedule(self.service, file, limit_mb, self.say)
+        if kind not in ("command", "sweep", "pipeline"):
+            what = f"{file} describes {kind or 'nothing that is known'}"
+            raise ConfigError(what, "give a job, a sweep, a pipeline or a schedule")
+        how: dict[str, Any] = {"label": label, "limit_mb": limit_mb, "say": self.say}
+        sent = send(self.service, read_settings(file), file.stem, file.parent, beside=cluster_files(self.home), **how)
+        self.tell(sent)
+        return sent.name
+
 # %% ../../nbs/azureml/08_place.ipynb #35f13e04
 def stream(id: str) -> None:
     "Print a job's log until it ends: what the process behind `logs` runs."
     service = connect()
     try:
         service.client.jobs.stream(id)
-    except Exception as e:  # noqa: BLE001 - the job failed, which its state tells, or the connection did, which is tried again
+    except Exception as e:  # noqa: BLE001 - the job failed, or the connection did: its state tells
         print(f"llmkit: {type(e).__name__}", file=sys.stderr)
         sys.exit(3)
 
-
-def lines_of(id: str) -> Iterator[str]:
+# %% ../../nbs/azureml/08_place.ipynb #1369bc7c
+def lines_of(id: str, place: Workspace) -> Iterator[str]:
     "The lines of one try to stream a job's log."
     words = [sys.executable, "-u", "-c", f"from llmkit.azureml.place import stream; stream({id!r})"]
+    names = {VARIABLES[k][0]: getattr(place, k) for k in VARIABLES if getattr(place, k)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(words, **pipes) as process:
+    with subprocess.Popen(words, env=os.environ | names, **pipes) as process:
         try:
             yield from (line.rstrip("\n") for line in process.stdout or ())
         finally:
             if process.poll() is None:
                 process.terminate()
+
+# %% ../../nbs/azureml/08_place.ipynb #24b3daf9
+def rest(told: list[str], lines: list[str]) -> list[str]:
+    "What of a log's `lines` has not been told; what has, stands in `told` in the same order, among other lines."
+    at = 0
+    for line in told:
+        at += at < len(lines) and line == lines[at]
+    return lines[at:]
 
 # %% ../../nbs/azureml/08_place.ipynb #943d36bc
 class Watching(Submitting):
@@ -194,23 +243,23 @@ class Watching(Submitting):
 
     def logs(self, id: str, follow: bool = False) -> Iterator[str]:
         "The lines that a job printed; with `follow`, until it ends."
-        told = 0
+        told: list[str] = []
         while follow and self.show(id).active:
-            for number, line in enumerate(lines_of(id)):
-                if number >= told:
-                    told = number + 1
+            for number, line in enumerate(lines_of(id, self.service.place)):
+                if number >= len(told):
+                    told.append(line)
                     yield line
             time.sleep(1.0)
-        if not told:
-            yield from self.kept(id)
+        for lines in self.kept(id):
+            yield from rest(told, lines)
 
-    def kept(self, id: str) -> Iterator[str]:
-        "The log that a job has left so far."
+    def kept(self, id: str) -> list[list[str]]:
+        "The lines of each log that a job has left so far."
         self.job(id)
         with tempfile.TemporaryDirectory(prefix="llmkit-logs-") as folder:
             self.service.call(f"read the log of {id}", lambda c: c.jobs.download(id, download_path=folder))
-            for path in sorted(Path(folder).rglob("user_logs/*.txt")):
-                yield from path.read_text(encoding="utf-8", errors="replace").splitlines()
+            paths = sorted(Path(folder).rglob("user_logs/*.txt"))
+            return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
 
 # %% ../../nbs/azureml/08_place.ipynb #79800220
 class AzurePlace(Watching):

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .assetfiles import check_compute_file, check_deployment, check_endpoint, check_environment
+from .assetfiles import check_autoscale, check_compute_file, check_deployment
+from .assetfiles import check_endpoint, check_environment
 from .jobfiles import check_body, check_command, check_pipeline, check_sweep, compute_name
 from .rules import gpus_of
 from .sheet import Problem, Sheet, demand, read_sheet
@@ -27,6 +28,7 @@ __all__ = ['CHECKS', 'LOADERS', 'WORDS', 'parts', 'check_file', 'check_job_compu
 CHECKS: dict[str, Callable[[Sheet], None]] = {
     "command": check_command, "sweep": check_sweep, "pipeline": check_pipeline, "component": check_body,
     "compute": check_compute_file, "environment": check_environment, "deployment": check_deployment,
+    "autoscale": check_autoscale,
 }  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def parts(sheet: Sheet) -> list[Sheet]:
         return [sheet.part(f"jobs.{name}") for name in steps]
     return [sheet, sheet.part("trial")] if sheet.kind == "sweep" else [sheet]
 
-
+# %% ../../nbs/azureml/02_preflight.ipynb #7fc5c5de
 def check_file(sheet: Sheet, deployments: Iterable[str] = ()) -> None:
     "One file by itself."
     if sheet.problems:
@@ -72,7 +74,7 @@ def check_job_compute(job: Sheet, clusters: dict[str, Sheet], default: Any = Non
         job.say(where, f"is {ranks}, and a node of {name} has {gpus} GPUs", f"start {gpus} at most")
     return None
 
-
+# %% ../../nbs/azureml/02_preflight.ipynb #b17d3418
 def check_job_environment(job: Sheet, environments: Iterable[str]) -> None:
     "The environment of a job or deployment against those that are described."
     value, known = job.get("environment"), list(environments)
@@ -108,7 +110,7 @@ def yaml_files(paths: Iterable[str | Path]) -> list[Path]:
         found += sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml")) if path.is_dir() else [path]
     return list(dict.fromkeys(found))
 
-
+# %% ../../nbs/azureml/02_preflight.ipynb #1f1db538
 def deployments_of(endpoint: Sheet, sheets: list[Sheet]) -> set[str]:
     "The names of an endpoint's deployments, among `sheets` and the files beside it."
     beside = [p for ending in ("*.yml", "*.yaml") for p in endpoint.path.parent.glob(ending)]
@@ -145,7 +147,7 @@ def refusals(text: str, key: str = "") -> list[tuple[str, str]]:
         return [r for e in found["errors"] for r in refusals(str(e["message"]), e["path"].replace("*", ""))]
     return [(k, WORDS.get(w, w.rstrip("."))) for k, w in flat(found)]
 
-
+# %% ../../nbs/azureml/02_preflight.ipynb #f7eab021
 def flat(found: Any, key: str = "") -> list[tuple[str, str]]:
     "Messages at any depth, by dotted key."
     if isinstance(found, dict):
@@ -180,7 +182,7 @@ def preflight(
         check_sdk(sheet)
     return list(dict.fromkeys(p for s in sheets for p in s.problems))
 
-
+# %% ../../nbs/azureml/02_preflight.ipynb #a4ba4b74
 def vet(paths: Iterable[str | Path], sdk: bool = True) -> None:
     "`ConfigError` with everything that is wrong with the files."
     demand(preflight(paths, sdk))

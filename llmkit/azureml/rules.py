@@ -12,7 +12,8 @@ from typing import Any
 Rule = Callable[[Any], str]  # what is wrong with a value; empty if nothing is
 
 # %% auto #0
-__all__ = ['Rule', 'NAMES', 'FAMILIES', 'SIZE', 'GPUS', 'IMAGE', 'name_of', 'whole', 'memory', 'vm_size', 'gpus_of', 'image']
+__all__ = ['Rule', 'NAMES', 'FAMILIES', 'SIZE', 'GPUS', 'IMAGE', 'name_of', 'whole', 'one_of', 'memory', 'vm_size', 'gpus_of',
+           'image']
 
 # %% ../../nbs/azureml/02a_rules.ipynb #96610df2
 NAMES = {
@@ -46,6 +47,11 @@ def whole(low: int, high: int | None = None, unit: str = "") -> Rule:
         return "" if good else f"must be a whole number, {bound}{f' {unit}' if unit else ''}"
 
     return rule
+
+# %% ../../nbs/azureml/02a_rules.ipynb #7e6bce89
+def one_of(*names: str) -> Rule:
+    "The rule for one of some words."
+    return lambda value: "" if value in names else f"must be one of {', '.join(names)}"
 
 # %% ../../nbs/azureml/02a_rules.ipynb #65e650f2
 def memory(value: Any) -> str:

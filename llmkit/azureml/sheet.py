@@ -17,7 +17,7 @@ from ..core.errors import ConfigError
 from ..core.settings import read_settings
 
 # %% auto #0
-__all__ = ['SCHEMAS', 'TYPES', 'KEYS', 'REMOTE', 'Problem', 'kind_of', 'Sheet', 'read_sheet', 'demand']
+__all__ = ['SCHEMAS', 'TYPES', 'KEYS', 'REMOTE', 'Problem', 'kind_of', 'Part', 'Sheet', 'read_sheet', 'demand']
 
 # %% ../../nbs/azureml/02b_sheet.ipynb #736466e1
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ SCHEMAS = {
 TYPES = {"command": "command", "pipeline": "pipeline", "sweep": "sweep", "amlcompute": "compute"}
 KEYS = (
     ("endpoint_name", "deployment"), ("auth_mode", "endpoint"), ("traffic", "endpoint"), ("create_job", "schedule"),
+    ("rules", "autoscale"),
     ("trial", "sweep"), ("jobs", "pipeline"), ("command", "command"),
     ("image", "environment"), ("build", "environment"), ("conda_file", "environment"),
 )  # fmt: skip
@@ -61,8 +62,8 @@ REMOTE = re.compile(r"(azureml|https?|wasbs?|abfss?|adl|git\+\w+|hdfs|dbfs):|/su
 
 # %% ../../nbs/azureml/02b_sheet.ipynb #3fa6f404
 @dataclass
-class Sheet:
-    "A file, or a part of it, under check."
+class Part:
+    "A file, or a part of it, as it is read."
 
     path: Path
     data: dict[str, Any]
@@ -85,6 +86,16 @@ class Sheet:
         "Note a problem."
         self.problems.append(Problem(str(self.path), f"{self.prefix}{key}", what, remedy))
 
+    def local(self, value: Any) -> Path | None:
+        "The file or folder that a path in this file means; None if it is not a local one."
+        if not isinstance(value, str) or REMOTE.match(value):
+            return None
+        return (self.path.parent / value.removeprefix("file:")).resolve()
+
+# %% ../../nbs/azureml/02b_sheet.ipynb #1633e557
+class Sheet(Part):
+    "A file, or a part of it, under check."
+
     def obey(self, key: str, rule: Rule, required: bool = False) -> None:
         "Note what a rule says against the value of `key`, if there is one."
         value = self.get(key)
@@ -104,12 +115,6 @@ class Sheet:
         "The part at `key` as a sheet, its problems noted with these."
         data = self.get(key)
         return Sheet(self.path, data if isinstance(data, dict) else {}, f"{self.prefix}{key}.", self.problems)
-
-    def local(self, value: Any) -> Path | None:
-        "The file or folder that a path in this file means; None if it is not a local one."
-        if not isinstance(value, str) or REMOTE.match(value):
-            return None
-        return (self.path.parent / value.removeprefix("file:")).resolve()
 
 # %% ../../nbs/azureml/02b_sheet.ipynb #28a2e4dc
 def read_sheet(path: str | Path) -> Sheet:

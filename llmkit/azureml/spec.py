@@ -23,7 +23,7 @@ from ..runner.inspect import check, field_types, find_job
 
 # %% auto #0
 __all__ = ['RUN', 'SCHEMA', 'Target', 'placed', 'is_data', 'input_of', 'split_inputs', 'command_line', 'machines', 'place_of',
-           'job_spec', 'sweep_spec', 'check_sweep_values', 'schedule_spec']
+           'frame', 'job_spec', 'sweep_spec', 'check_sweep_values', 'schedule_spec']
 
 # %% ../../nbs/azureml/03b_spec.ipynb #3f76e536
 @dataclass(kw_only=True)
@@ -40,6 +40,7 @@ class Target(Config):
     shm: str = "16g"  # shared memory of a node
     code: str = "."  # folder that is uploaded: it holds the notebook and llmkit
     code_limit: Annotated[float, Ge(0)] = 100.0  # MB
+    identity: Literal["managed", "user_identity", "aml_token"] = "managed"  # whose rights the job has
     metric: str = "loss"  # what a sweep compares
     goal: Literal["minimize", "maximize"] = "minimize"
 
@@ -77,7 +78,7 @@ def is_data(value: Any) -> bool:
     remote = bool(REMOTE.match(value)) and not value.startswith("http")
     return remote or ("/" in value and Path(value).expanduser().exists())
 
-
+# %% ../../nbs/azureml/03b_spec.ipynb #3b335970
 def input_of(value: str) -> dict[str, str]:
     "A job's input for data in Azure or on this machine."
     if REMOTE.match(value):
@@ -123,7 +124,7 @@ def machines(target: Target) -> dict[str, Any]:
         return {"resources": resources}
     return {"resources": resources, "distribution": {"type": "pytorch", "process_count_per_instance": 1}}
 
-
+# %% ../../nbs/azureml/03b_spec.ipynb #0b83bd56
 def place_of(target: Target) -> dict[str, Any]:
     "The compute of a job: a cluster, or a size without one."
     serverless, _, size = target.compute.partition(":")
@@ -135,6 +136,27 @@ def place_of(target: Target) -> dict[str, Any]:
 SCHEMA = "https://azuremlschemas.azureedge.net/latest/{}.schema.json"
 
 
+def frame(
+    target: Target,
+    environment: str,  # azureml:NAME:VERSION
+    line: str,  # what every node runs
+    shown: str,  # its name in the studio
+    inputs: Mapping[str, Any] | None = None,
+    variables: Mapping[str, str] | None = None,  # of the environment
+) -> dict[str, Any]:
+    "A command job with one output, `run`."
+    place = place_of(target)
+    spec: dict[str, Any] = {"$schema": SCHEMA.format("commandJob"), "type": "command", "display_name": shown}
+    spec |= {"experiment_name": target.experiment, "compute": place["compute"], "environment": environment}
+    spec |= {"code": str(Path(target.code).resolve()), "command": line, "inputs": dict(inputs or {})}
+    spec |= machines(target)
+    spec["outputs"] = {"run": {"type": "uri_folder", "mode": "rw_mount"}}
+    spec |= {"limits": {"timeout": target.timeout}, "identity": {"type": target.identity}}
+    spec["environment_variables"] = {"LLMKIT_JOB": "azureml"} | dict(variables or {})
+    spec["resources"] |= {"instance_type": place["size"]} if "size" in place else {}
+    return {k: v for k, v in spec.items() if v not in ({}, "", None)}
+
+# %% ../../nbs/azureml/03b_spec.ipynb #3616e475
 def job_spec(
     notebook: str | Path,  # a job notebook inside the code
     given: Mapping[str, Any],  # parameters with their types
@@ -143,22 +165,13 @@ def job_spec(
     variables: Mapping[str, str] | None = None,  # of the environment
 ) -> dict[str, Any]:
     "The command job that runs a notebook; its parameters are checked."
-    path = find_job(notebook)
+    path, home = find_job(notebook), Path(target.code).resolve()
     values, texts, inputs = split_inputs(placed(path, given, target))
     check(path, values | {n: t for n, t in texts.items() if not t.startswith("[")})
-    home = Path(target.code).resolve()
     if not path.resolve().is_relative_to(home):
         raise ConfigError(f"{path} is outside the code {home}", "name a folder above the notebook with --code")
     line = command_line(path.resolve().relative_to(home).as_posix(), values, texts)
-    place = place_of(target)
-    spec: dict[str, Any] = {"$schema": SCHEMA.format("commandJob"), "type": "command", "display_name": path.stem}
-    spec |= {"experiment_name": target.experiment, "compute": place["compute"], "environment": environment}
-    spec |= {"code": str(home), "command": line, "inputs": inputs} | machines(target)
-    spec["outputs"] = {"run": {"type": "uri_folder", "mode": "rw_mount"}}
-    spec["limits"] = {"timeout": target.timeout}
-    spec["environment_variables"] = {"LLMKIT_JOB": "azureml"} | dict(variables or {})
-    spec["resources"] |= {"instance_type": place["size"]} if "size" in place else {}
-    return {k: v for k, v in spec.items() if v not in ({}, "", None)}
+    return frame(target, environment, line, path.stem, inputs, variables)
 
 # %% ../../nbs/azureml/03b_spec.ipynb #edab2548
 def sweep_spec(
@@ -177,7 +190,7 @@ def sweep_spec(
         k: spec[k] for k in ("code", "environment", "resources", "distribution", "environment_variables") if k in spec
     }
     found = {"$schema": SCHEMA.format("sweepJob"), "type": "sweep", "display_name": spec["display_name"]}
-    found |= {k: spec[k] for k in ("experiment_name", "compute", "inputs", "outputs") if k in spec}
+    found |= {k: spec[k] for k in ("experiment_name", "compute", "identity", "inputs", "outputs") if k in spec}
     found |= {"trial": {"command": line} | trial, "sampling_algorithm": "grid"}
     found["search_space"] = {name: {"type": "choice", "values": list(values)} for name, values in sweep.items()}
     found["objective"] = {"goal": target.goal, "primary_metric": target.metric}
@@ -185,7 +198,7 @@ def sweep_spec(
                        "timeout": target.timeout}  # fmt: skip
     return found
 
-
+# %% ../../nbs/azureml/03b_spec.ipynb #7d59d9a4
 def check_sweep_values(notebook: str | Path, given: Mapping[str, Any], sweep: Mapping[str, list[Any]]) -> None:
     "Check every value of a sweep against the notebook."
     for name, values in sweep.items():

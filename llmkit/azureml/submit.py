@@ -62,7 +62,7 @@ def write_yaml(spec: Mapping[str, Any], path: str | Path) -> Path:
     target.write_text(yaml.safe_dump(dict(spec), sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
     return target
 
-
+# %% ../../nbs/azureml/03_submit.ipynb #0a3641e2
 def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
     "A job with its code (and what images are built from) copied, other local paths absolute, component files beside."
     if not isinstance(spec, dict):
@@ -96,7 +96,7 @@ def essence(spec: Any, parcel: Parcel) -> Any:
     text = str(spec)
     return parcel.digests.get(text, text.replace(f"{parcel.home}/", "")) if isinstance(spec, str) else spec
 
-
+# %% ../../nbs/azureml/03_submit.ipynb #d3a6a7cf
 def job_name(stem: str, spec: Mapping[str, Any], parcel: Parcel, label: str = "") -> str:
     "The name of a job: what it runs, and twelve digits of what it is."
     inner = essence({k: v for k, v in spec.items() if k not in ASIDE}, parcel)
@@ -111,7 +111,7 @@ def state_of(job: Any) -> str:
     "A job's state in Azure's words; the SDK gives text or a member of an enumeration."
     return str(getattr(job.status, "value", job.status))
 
-
+# %% ../../nbs/azureml/03_submit.ipynb #e74402f4
 def attempt(service: Service, name: str) -> tuple[str, Any]:
     "The name of the attempt to send, and the job if that is there already."
     for turn in itertools.count(1):
@@ -121,7 +121,7 @@ def attempt(service: Service, name: str) -> tuple[str, Any]:
             return tried, job
     raise AssertionError("count has no end")
 
-
+# %% ../../nbs/azureml/03_submit.ipynb #ad43457c
 @dataclass(frozen=True)
 class Sent:
     "A job in Azure ML, and whether this call made it."
@@ -141,7 +141,7 @@ def put(service: Service, name: str, job: Any) -> None:
         if not there:
             raise
 
-
+# %% ../../nbs/azureml/03_submit.ipynb #a4826ab5
 def seen(service: Service, name: str, patience: float = 60.0, every: float = 1.0) -> Any:
     "The job, once the service shows it: a moment after it was sent it may not yet."
     end = time.monotonic() + patience
@@ -160,7 +160,7 @@ def check_parcel(spec: Mapping[str, Any], path: Path, shown: str, beside: Iterab
     problems = preflight([path, *beside])
     demand([type(p)(shown if Path(p.file) in mine else p.file, p.key, p.what, p.remedy) for p in problems])
 
-
+# %% ../../nbs/azureml/03_submit.ipynb #0044a4cc
 def send(
     service: Service,
     spec: Mapping[str, Any],  # a job, a sweep or a pipeline
@@ -170,6 +170,7 @@ def send(
     beside: Iterable[str | Path] = (),  # files of clusters and environments that it must agree with
     limit_mb: float = 100.0,  # of code
     say: Callable[[str], Any] = print,
+    ready: Callable[[], Any] = lambda: None,  # called when all is checked, before the job is sent
 ) -> Sent:
     "Send a job unless it is there; checked first, and safe to call again."
     with tempfile.TemporaryDirectory(prefix="llmkit-submit-") as folder:
@@ -179,6 +180,7 @@ def send(
         check_parcel(whole, path, stem, beside)
         for code, _ in parcel.codes.values():
             say(f"code: {code}")
+        ready()
         name, found = attempt(service, job_name(stem, whole, parcel, label))
         if found is not None:
             return Sent(name, False, state_of(found), getattr(found, "studio_url", None) or "")
