@@ -26,6 +26,7 @@ from llmkit.azureml.workspace import connect
 from llmkit.core.errors import ConfigError, LLMKitError, RunError, ServiceError
 from llmkit.deployment.rollout import move_traffic
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of marshmallow, which the SDK uses
 ROOT = Path(__file__).resolve().parents[1]
 CELL = "out = ''  # run folder\nlr = 0.1  # rate\nrevision = 'a'  # text\nnproc = 1\nnnodes = 1\nshared = ''"
 WORK = """import os

@@ -14,13 +14,14 @@ import yaml
 from llmkit.azureml.command import encoded
 from llmkit.azureml.preflight import preflight
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of marshmallow, which the SDK uses
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = "https://azuremlschemas.azureedge.net/latest/{}.schema.json"
 CELL = "n = 8  # number to halve\nrate = 0.5\nname = 'x'"
 
 
-def schema(name: str, **values: Any) -> dict[str, Any]:
-    return {"$schema": SCHEMA.format(name)} | values
+def schema(kind: str, /, **values: Any) -> dict[str, Any]:
+    return {"$schema": SCHEMA.format(kind)} | values
 
 
 STEP = {
@@ -131,7 +132,7 @@ RUN = "python -m llmkit.cli run halve.ipynb"
 # cell of the table, file, key, value (None: the key is taken out), key that the problem names (empty: the same)
 BAD: list[tuple[str, str, str, Any, str]] = [
     ("instance_count 0", "job.yml", "resources.instance_count", 0, ""),
-    ("instance_count -1", "job.yml", "resources.instance_count", -1, ""),
+    ("instance_count 0", "job.yml", "resources.instance_count", -1, ""),
     ("instance_count 0", "pipeline.yml", "jobs.train.resources", {"instance_count": 0}, "jobs.train.resources.instance_count"),
     ("process_count 0", "job.yml", "distribution.process_count_per_instance", 0, ""),
     ("process_count 0", "component.yml", "distribution", {"type": "pytorch", "process_count_per_instance": 0}, "distribution.process_count_per_instance"),
