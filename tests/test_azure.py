@@ -27,6 +27,7 @@ from llmkit.core.errors import ConfigError, LLMKitError, RunError, ServiceError
 from llmkit.deployment.rollout import move_traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of marshmallow, which the SDK uses
+TRACKED = pytest.mark.parametrize("plane", [True], indirect=True, ids=["mlflow"])
 ROOT = Path(__file__).resolve().parents[1]
 CELL = "out = ''  # run folder\nlr = 0.1  # rate\nrevision = 'a'  # text\nnproc = 1\nnnodes = 1\nshared = ''"
 WORK = """import os
@@ -39,8 +40,10 @@ run.finish()"""
 
 
 @pytest.fixture
-def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plane]:
-    with Plane(tmp_path / "plane", delay=0.05, blobs="stub") as running:
+def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Plane]:
+    """A control plane; with an MLflow run for every job where a test asks for it."""
+    tracked = getattr(request, "param", False)
+    with Plane(tmp_path / "plane", delay=0.05, blobs="stub", mlflow=tracked) as running:
         monkeypatch.setenv("LLMKIT_AZURE_CLOUD", str(running.cloud))
         yield running
 
@@ -83,6 +86,7 @@ def made(place: AzurePlace) -> set[str]:
     return {row.id for row in place.list(1000)}
 
 
+@TRACKED
 def test_a_job_runs_and_comes_back(place: AzurePlace, plane: Plane, project: Path, tmp_path: Path) -> None:
     params = {"lr": 0.3, "revision": "007"}
     id = place.submit(project / "nbs" / "tiny.ipynb", params, compute="cpu")
@@ -97,10 +101,12 @@ def test_a_job_runs_and_comes_back(place: AzurePlace, plane: Plane, project: Pat
     result = json.loads((folder / "result.json").read_text())
     assert result["metrics"] == {"loss": 0.6} and result["params"] == params
     assert (folder / "tiny.ipynb").exists() and (folder / "environment.txt").exists()
+    assert result["mlflow_run_id"] == id and plane.tracking.metrics(id) == {"loss": 0.6}  # one id for both
     assert [r.id for r in place.list(5)] == [id]
     assert place.submit(project / "nbs" / "tiny.ipynb", params, compute="cpu", label="again") != id
 
 
+@TRACKED
 def test_two_nodes_leave_a_folder_each(place: AzurePlace, project: Path, tmp_path: Path) -> None:
     id = place.submit(project / "nbs" / "tiny.ipynb", {}, compute="cpu", nodes=2)
     assert ended(place, id).state == "finished", list(place.logs(id))
@@ -108,6 +114,7 @@ def test_two_nodes_leave_a_folder_each(place: AzurePlace, project: Path, tmp_pat
     assert (folder / "tiny.ipynb").exists() and (folder / "node-1" / "tiny.ipynb").exists()
 
 
+@TRACKED
 def test_what_is_followed_is_told_to_its_end(place: AzurePlace, project: Path) -> None:
     id = place.submit(project / "nbs" / "tiny.ipynb", {"lr": 0.4}, compute="cpu")
     lines = list(place.logs(id, follow=True))
@@ -337,6 +344,7 @@ def llmkit(project: Path, *words: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@TRACKED
 def test_the_command_line(plane: Plane, project: Path) -> None:
     """The same verbs as for jobs of this machine."""
     code, text = llmkit(project, "azure", "up", "cpu")
@@ -356,6 +364,7 @@ def test_the_command_line(plane: Plane, project: Path) -> None:
     assert code == 2 and "no parameter 'lrr'; did you mean 'lr'?" in text and text.count("\n") == 1, text
 
 
+@TRACKED
 def test_a_sweep_is_one_job_with_trials(place: AzurePlace, project: Path) -> None:
     job = project / "nbs" / "tiny.ipynb"
     options = {"compute": "cpu", "sweep": {"lr": [0.1, 0.2]}, "parallel": 2}
