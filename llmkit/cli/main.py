@@ -21,6 +21,8 @@ COMMANDS = {
     "quickstart": ("llmkit.cli.quickstart:quickstart", "Run the whole line on this machine, from text to a rollout."),
     "run": ("llmkit.cli.run:run", "Run one job notebook, its parameters checked first: here or on a cluster."),
     "jobs": ("llmkit.cli.jobs:app", "List, show, follow, cancel, fetch and resume jobs."),
+    "pipeline": ("llmkit.cli.pipeline:pipeline", "Send a pipeline, job, sweep or schedule that stands in a YAML file."),
+    "azure": ("llmkit.cli.azure:app", "Clusters, environments and endpoints in Azure ML."),
     "plan": ("llmkit.cli.plan:plan_command", "Say what a training run on GPUs will take, before it is paid for."),
     "train": ("llmkit.cli.train:train", "Train a model, on one process or many."),
     "compare": ("llmkit.cli.commands:compare", "Compare two evaluated models, document by document."),

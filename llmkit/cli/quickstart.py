@@ -18,7 +18,7 @@ from ..runner.line import Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Preset', 'WIDER', 'NUMBERS', 'inputs', 'preset_params', 'stages', 'numbers', 'summary', 'tell', 'options',
-           'quickstart']
+           'away', 'checked', 'quickstart']
 
 # %% ../../nbs/cli/03_quickstart.ipynb #bffe585d
 BUDGETS: dict[str, float] = {
@@ -149,7 +149,33 @@ def options(out: Path, resume: bool, **given: Any) -> dict[str, Any]:
         chosen |= read_json(out / "state.json")["params"]
     return chosen | {name: value for name, value in given.items() if value is not None}
 
-# %% ../../nbs/cli/03_quickstart.ipynb #924a1585
+# %% ../../nbs/cli/03_quickstart.ipynb #a310a37c
+def away(out: Path, on: str, compute: str, chosen: dict[str, Any]) -> None:
+    "Run the line in another place, follow it, and fetch its folder to `out`, however it ended."
+    from llmkit.cli.run import follow, place_named
+    from llmkit.runner.index import enrol
+
+    place = place_named(on)
+    id = place.submit_line(**chosen, compute=compute)
+    enrol("quickstart", where=on, id=id)
+    try:
+        follow(place, id)
+    finally:
+        if not place.show(id).active:
+            tell(place.fetch(id, out))
+
+
+def checked(chosen: dict[str, Any], resume: bool) -> dict[str, Any]:
+    "The line's options, if they can be run with."
+    from llmkit.data.sources import read_files
+
+    if chosen["preset"] not in ("quickstart", "tiny"):
+        raise ConfigError(f"there is no preset {chosen['preset']!r}", nearest(chosen["preset"], ("quickstart", "tiny")))
+    for _ in read_files(chosen["data"]) if chosen["data"] and not resume else ():
+        pass  # what cannot be read is refused here, with its file and line
+    return chosen
+
+# %% ../../nbs/cli/03_quickstart.ipynb #1cb6ca40
 def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
     data: Annotated[
@@ -159,18 +185,22 @@ def quickstart(
     resume: Annotated[bool, typer.Option("--resume", help="Continue after the last finished stage.")] = False,
     preset: Annotated[str | None, typer.Option(help="quickstart (five minutes) or tiny (one).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    on: Annotated[str, typer.Option(help="Where: here or azureml.")] = "here",
+    compute: Annotated[str, typer.Option(help="Azure ML: the cluster.")] = "",
 ) -> None:
     "Run the whole line: data, training, evaluation, registry, optimisation, serving, monitoring, rollout, report."
-    from llmkit.data.sources import read_files
+    from llmkit.cli.run import refuse
     from llmkit.runner.line import vet
 
+    if on == "here":
+        refuse({"compute": compute}, "add --on azureml")
+    else:
+        refuse({"resume": resume}, "the same call again goes on with the same job")
     vet(out.resolve(), resume)
     files = [str(Path(d).expanduser().resolve()) for d in data] if data else None
-    chosen = options(out.resolve(), resume, data=files, preset=preset, seed=seed)
-    if chosen["preset"] not in ("quickstart", "tiny"):
-        raise ConfigError(f"there is no preset {chosen['preset']!r}", nearest(chosen["preset"], ("quickstart", "tiny")))
-    for _ in read_files(chosen["data"]) if chosen["data"] and not resume else ():
-        pass  # what cannot be read is refused here, with its file and line
+    chosen = checked(options(out.resolve(), resume, data=files, preset=preset, seed=seed), resume)
+    if on != "here":
+        return away(out, on, compute, chosen)
     line = Line("quickstart", stages(**chosen), out, chosen)
     try:
         line.run(resume)

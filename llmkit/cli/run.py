@@ -15,7 +15,7 @@ from ..core.errors import ConfigError, Preempted, RunError
 
 # %% auto #0
 __all__ = ['PLACES', 'EXTRAS', 'given', 'read_params', 'place_named', 'send', 'follow', 'short', 'tell', 'foreground', 'refuse',
-           'planned', 'begin', 'fitting', 'run']
+           'planned', 'implied', 'begin', 'fitting', 'run']
 
 # %% ../../nbs/cli/02a_run.ipynb #f65bc655
 def given(words: list[str]) -> dict[str, str]:
@@ -159,6 +159,14 @@ def planned(
     whole = check(job, values, text=True)
     return {name: whole[name] for name in values}, {}, []
 
+# %% ../../nbs/cli/02a_run.ipynb #a6ee9785
+def implied(where: str, job: Path, options: dict[str, Any]) -> dict[str, str]:
+    "The parameters that follow from where a job runs, as texts."
+    if where == "here":
+        return {}
+    given = {name: value for name, value in options.items() if value}
+    return {name: str(value) for name, value in place_named(where).implied(job, **given).items()}
+
 # %% ../../nbs/cli/02a_run.ipynb #dc86a718
 def begin(
     job: Path, params: dict[str, Any], out: str, background: bool, runs: list[dict[str, Any]], parallel: int
@@ -214,10 +222,10 @@ def run(
     out = out or str(values.pop("out", ""))
     cluster = {"compute": compute, "nodes": nodes, "gpus": gpus}
     fitting(on, sweep, parallel, out, node, cluster)
-    params, swept, runs = planned(job, values, sweep)
+    params, swept, runs = planned(job, implied(on, job, cluster) | values, sweep)
     if on == "here":
         begin(job, params | swept, f"{out}/node-{node}" if node else out, background, runs, parallel or 1)
     else:
-        options = {name: value for name, value in cluster.items() if value}
+        options: dict[str, Any] = {name: value for name, value in cluster.items() if value}
         options |= {"sweep": swept, "parallel": parallel or 1} if sweep else {}
         send(on, job, params, background, options)

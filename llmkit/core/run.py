@@ -147,10 +147,10 @@ class Run(Artefacts):
         missed = [c for c in self.checks if not c.passed]
         self.result |= {"status": "gate_failed" if missed else "finished", "seconds": time.time() - self.started}
         write_json(self.path / "result.json", self.result)
-        if uri := os.environ.get("LLMKIT_TRACKING_URI"):
-            from llmkit.core.tracking import log_run
+        if os.environ.get("LLMKIT_TRACKING_URI") or os.environ.get("MLFLOW_RUN_ID"):
+            from llmkit.core.tracking import log_as_told
 
-            log_run(self.path, uri, os.environ.get("LLMKIT_EXPERIMENT", "llmkit"), os.environ.get("LLMKIT_PARENT_RUN"))
+            log_as_told(self.path, os.environ)
         if missed:
             raise GateError(f"{self.stage}: " + ", ".join(map(str, missed)), f"see {self.path / 'result.json'}")
         return self.result

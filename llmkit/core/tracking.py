@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .errors import ServiceError
 from .run import read_json, write_json
 
 # %% auto #0
-__all__ = ['tracking_client', 'experiment_id', 'start_parent', 'points', 'log_run']
+__all__ = ['tracking_client', 'experiment_id', 'start_parent', 'points', 'log_run', 'log_as_told']
 
 # %% ../../nbs/core/02a_tracking.ipynb #e4755939
 def tracking_client(uri: str) -> Any:
@@ -69,6 +70,7 @@ def log_run(
     uri: str,
     experiment: str,
     parent: str | None = None,  # id of the line's run
+    run_id: str = "",  # a run that is under way, to log into; who started it ends it
 ) -> str:
     "Log a finished run folder to MLflow and return the run's id, which is also written into `result.json`."
     from mlflow.entities import Param, RunTag
@@ -77,12 +79,24 @@ def log_run(
     result, client = read_json(folder / "result.json"), tracking_client(uri)
     tags = {"llmkit.folder": str(folder), "llmkit.status": result["status"]}
     tags |= {"mlflow.parentRunId": parent} if parent else {}
-    run_id = client.create_run(experiment_id(client, experiment), run_name=result["stage"], tags=tags).info.run_id
+    found = run_id or client.create_run(experiment_id(client, experiment), run_name=result["stage"]).info.run_id
     params = [Param(k, str(v)[:6000]) for k, v in result["params"].items()]
-    client.log_batch(run_id, params=params[:100], tags=[RunTag("llmkit.seconds", f"{result['seconds']:.1f}")])
+    said = [RunTag(k, v) for k, v in tags.items()] + [RunTag("llmkit.seconds", f"{result['seconds']:.1f}")]
+    client.log_batch(found, params=params[:100], tags=said)
     metrics = points(folder)
     for i in range(0, len(metrics), 1000):  # MLflow's limit for one batch
-        client.log_batch(run_id, metrics=metrics[i : i + 1000])
-    client.set_terminated(run_id, "FINISHED" if result["status"] == "finished" else "FAILED")
-    write_json(folder / "result.json", result | {"mlflow_run_id": run_id})
-    return run_id
+        client.log_batch(found, metrics=metrics[i : i + 1000])
+    if not run_id:
+        client.set_terminated(found, "FINISHED" if result["status"] == "finished" else "FAILED")
+    write_json(folder / "result.json", result | {"mlflow_run_id": found})
+    return found
+
+# %% ../../nbs/core/02a_tracking.ipynb #01ef946e
+def log_as_told(folder: str | Path, environ: Mapping[str, str]) -> str:
+    "Log a run folder to where the environment says: a run of its own, or the one under way; the run's id or nothing."
+    if uri := environ.get("LLMKIT_TRACKING_URI"):
+        return log_run(folder, uri, environ.get("LLMKIT_EXPERIMENT", "llmkit"), environ.get("LLMKIT_PARENT_RUN"))
+    uri, run_id = environ.get("MLFLOW_TRACKING_URI"), environ.get("MLFLOW_RUN_ID", "")
+    if not uri or environ.get("NODE_RANK", "0") not in ("", "0"):
+        return ""
+    return log_run(folder, uri, "", run_id=run_id) if run_id else ""

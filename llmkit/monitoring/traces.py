@@ -5,9 +5,10 @@
 # %% ../../nbs/monitoring/01a_traces.ipynb #9bc076c4
 from __future__ import annotations
 
+import os
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..core.errors import ConfigError, MissingError, require
@@ -15,8 +16,9 @@ from .otlp import JsonSender, otlp_address, otlp_headers, otlp_metrics, otlp_spa
 from .requestlog import RequestRow
 
 # %% auto #0
-__all__ = ['OPERATIONS', 'SECONDS', 'PER_TOKEN', 'MEASURES', 'attributes', 'span_attributes', 'measurements', 'make_span',
-           'Telemetry', 'otlp_exporters', 'json_exporters', 'telemetry_from']
+__all__ = ['OPERATIONS', 'SECONDS', 'PER_TOKEN', 'MEASURES', 'COLLECTORS', 'attributes', 'span_attributes', 'measurements',
+           'make_span', 'providers', 'Telemetry', 'otlp_exporters', 'json_exporters', 'azure_exporters',
+           'telemetry_from']
 
 # %% ../../nbs/monitoring/01a_traces.ipynb #2fb8c18d
 OPERATIONS = {"/v1/chat/completions": "chat", "/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
@@ -72,18 +74,32 @@ def make_span(tracer: Any, row: RequestRow) -> None:
         span.set_status(Status(StatusCode.ERROR))
     span.end(start + int(row.latency_s * 1e9))
 
+# %% ../../nbs/monitoring/01a_traces.ipynb #c82eca91
+def providers(spans: Sequence[Any], readers: Sequence[Any], service: str, run: str = "") -> tuple[Any, Any]:
+    "The providers of traces and of metrics of one resource."
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+
+    resource = Resource.create({"service.name": service} | ({"llmkit.run_id": run} if run else {}))
+    traces = TracerProvider(resource=resource)
+    for processor in spans:
+        traces.add_span_processor(processor)
+    return traces, MeterProvider([*readers], resource)
+
 # %% ../../nbs/monitoring/01a_traces.ipynb #5eab2a85
 class Telemetry:
     "Makes spans and measurements of rows in a thread of its own; rows that it has no room for are dropped and counted."
 
-    def __init__(self, spans: Any, reader: Any, service: str = "llmkit", capacity: int = 10_000) -> None:
-        from opentelemetry.sdk.metrics import MeterProvider
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-
-        resource = Resource.create({"service.name": service})
-        self._traces, self._meters = TracerProvider(resource=resource), MeterProvider([reader], resource)
-        self._traces.add_span_processor(spans)
+    def __init__(
+        self,
+        spans: Sequence[Any],  # span processors
+        readers: Sequence[Any],  # of metrics
+        service: str = "llmkit",
+        run: str = "",  # id of the MLflow run, and of the Azure ML job, that this process belongs to
+        capacity: int = 10_000,  # rows that wait
+    ) -> None:
+        self._traces, self._meters = providers(spans, readers, service, run)
         self._tracer, meter = self._traces.get_tracer("llmkit"), self._meters.get_meter("llmkit")
         self._measures = {
             n: meter.create_histogram(n, unit, explicit_bucket_boundaries_advisory=bounds)
@@ -157,16 +173,36 @@ def json_exporters(environ: Mapping[str, str]) -> tuple[Any, Any]:
 
     return JsonSpans(), JsonMetrics()
 
-# %% ../../nbs/monitoring/01a_traces.ipynb #4f97042f
+# %% ../../nbs/monitoring/01a_traces.ipynb #8352c603
+def azure_exporters(environ: Mapping[str, str]) -> tuple[Any, Any]:
+    "The two exporters that send to Azure Monitor."
+    os.environ.setdefault("APPLICATIONINSIGHTS_STATSBEAT_DISABLED_ALL", "true")
+    made: Any = require("azure.monitor.opentelemetry.exporter", "azure")
+    text = environ["APPLICATIONINSIGHTS_CONNECTION_STRING"]
+    how = {"connection_string": text, "disable_offline_storage": True}
+    try:
+        return made.AzureMonitorTraceExporter(**how), made.AzureMonitorMetricExporter(**how)
+    except ValueError as e:
+        hint = "copy it from the overview of Application Insights: InstrumentationKey=...;IngestionEndpoint=..."
+        raise ConfigError(f"APPLICATIONINSIGHTS_CONNECTION_STRING is none ({e})", hint) from e
+
+# %% ../../nbs/monitoring/01a_traces.ipynb #d85dae06
+COLLECTORS = {
+    "OTEL_EXPORTER_OTLP_ENDPOINT": otlp_exporters,
+    "APPLICATIONINSIGHTS_CONNECTION_STRING": azure_exporters,
+}
+
+
 def telemetry_from(environ: Mapping[str, str]) -> Telemetry | None:
-    "Telemetry to where OTEL_EXPORTER_OTLP_ENDPOINT points; None if it is not set or OTEL_SDK_DISABLED is."
+    "Telemetry to the collectors that the environment names; None if there is none or OTEL_SDK_DISABLED is true."
     off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if off or not environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+    wanted = [make for variable, make in COLLECTORS.items() if environ.get(variable)]
+    if off or not wanted:
         return None
     require("opentelemetry.sdk", "monitor")
     from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    spans, metrics = otlp_exporters(environ)
-    made = BatchSpanProcessor(spans), PeriodicExportingMetricReader(metrics)
-    return Telemetry(*made, environ.get("OTEL_SERVICE_NAME") or "llmkit")
+    pairs = [make(environ) for make in wanted]
+    made = [BatchSpanProcessor(spans) for spans, _ in pairs], [PeriodicExportingMetricReader(m) for _, m in pairs]
+    return Telemetry(*made, environ.get("OTEL_SERVICE_NAME") or "llmkit", environ.get("MLFLOW_RUN_ID", ""))
