@@ -15,8 +15,8 @@ from typing import Any
 
 import nbformat
 import pytest
-
 from azure_plane import Plane
+
 from llmkit.azureml.assets import ensure_environment
 from llmkit.azureml.compute import down, status, up
 from llmkit.azureml.endpoint import EndpointBackend
@@ -269,8 +269,6 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"subscription": "00000000-1111-2222-3333-444444444444", "resource_group": "rg", "workspace": "ws-llm"}
     with pytest.raises(LLMKitError, match="no credential for Azure; az login"):
         AzurePlace(connect(names, start=project, patience=0.0)).list()
-
-
 
 
 @pytest.fixture
