@@ -156,7 +156,11 @@ def planned(
         from llmkit.runner.sweep import grid
 
         return grid(job, values)
-    whole = check(job, values, text=True)
+    try:
+        whole = check(job, values, text=True)
+    except ConfigError as e:
+        meant = any(f"{name} = " in e.message and "," in str(value) for name, value in values.items())
+        raise ConfigError(e.message, f"{e.hint}; add --sweep for a run with each value" if meant else e.hint) from e
     return {name: whole[name] for name in values}, {}, []
 
 # %% ../../nbs/cli/02a_run.ipynb #a6ee9785

@@ -101,8 +101,8 @@ def main() -> None:
     try:
         job = read_json(folder / "job.json")["job"]
         with Display({job: 0.0}, live=False) as display:
-            display.start(job, folder / "progress.jsonl")
-            attempt(folder)  # which notes its end, so the display need not
+            display.watch(job, folder / "progress.jsonl")
+            attempt(folder)  # which notes its start and its end, so the display need not
     except LLMKitError as e:
         if getattr(read_status(folder), "message", "") != str(e):
             print(f"error: {e}", flush=True)

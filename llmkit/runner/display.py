@@ -110,7 +110,8 @@ def live_table(rows: list[Row]) -> Any:
 # %% ../../nbs/runner/02a_display.ipynb #9af73077
 def say(rows: list[Row], row: Row, text: str) -> None:
     "Print a plain line about one of the stages."
-    print(f"[{rows.index(row) + 1}/{len(rows)}] {row.name}: {text}", flush=True)
+    place = f"[{rows.index(row) + 1}/{len(rows)}] " if len(rows) > 1 else ""
+    print(f"{place}{row.name}: {text}", flush=True)
 
 # %% ../../nbs/runner/02a_display.ipynb #4903b056
 def narrate(rows: list[Row], over: threading.Event, every: float) -> None:
@@ -140,10 +141,15 @@ class Display:
         self.over.set()
         self.table.close()
 
-    def start(self, name: str, file: Path | None = None) -> None:
-        "Stage `name` starts and writes its progress to `file`."
+    def watch(self, name: str, file: Path | None = None) -> Row:
+        "Show from now on how far stage `name` is, which writes its progress to `file`."
         row = next(r for r in self.rows if r.name == name)
         row.status, row.started, row.file, row.first = "running", time.time(), file, None
+        return row
+
+    def start(self, name: str, file: Path | None = None) -> None:
+        "Say that stage `name` starts, and watch it."
+        row = self.watch(name, file)
         if not self.is_live:
             say(self.rows, row, f"started (budget {clock(row.budget_s)})" if row.budget_s else "started")
 

@@ -133,7 +133,9 @@ def check(
     known, hints, job = parameters(path), field_types(path), Path(path).stem
     for name in given:
         if name not in known:
-            raise ConfigError(f"{job} has no parameter {name!r}", nearest(name, known))
+            hint = nearest(name, known)
+            many = len(known) > 8 and not hint.startswith("did")
+            raise ConfigError(f"{job} has no parameter {name!r}", "add --show to see what it takes" if many else hint)
     values = {n: p.default for n, p in known.items()}
     values |= {n: parse(v, hints[n]) if text and isinstance(v, str) else v for n, v in given.items()}
     if cls := config_class(path):

@@ -65,6 +65,7 @@ def kernel_manager(
     from jupyter_client.manager import AsyncKernelManager
 
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv += ["--log-level=CRITICAL"]  # it would tell of every interruption
 
     class JobKernel(AsyncKernelManager):
         @property
