@@ -58,7 +58,7 @@ def book(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         vacant(folder)
-        claim(folder, job, placed(values, folder))
+        claim(folder, job, placed(values, folder), params)
         if runs:
             write_json(folder / "sweep.json", {"runs": runs, "parallel": parallel})
         before = read_status(folder)
@@ -87,7 +87,8 @@ def end_with_parent() -> None:
     "Have this process sent SIGTERM when its standard input ends."
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not sys.stdin.read(), whose lock Python would wait for at its end
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

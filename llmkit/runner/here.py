@@ -37,7 +37,8 @@ def row_of(folder: Path, id: str) -> JobRow:
     job: dict[str, Any] = {"job": "", "params": {}}
     job |= read_json(folder / "job.json") if (folder / "job.json").exists() else {}
     message = phrase(latest(folder / "progress.jsonl")) if status.state == "running" else status.message
-    how: dict[str, Any] = {"started": status.started, "ended": status.ended, "params": job["params"]}
+    how: dict[str, Any] = {"started": status.started, "ended": status.ended}
+    how["params"] = {name: job["params"][name] for name in job.get("given", job["params"])}
     return JobRow(status.id, job["job"], "here", status.state, folder=folder, message=message, **how)
 
 # %% ../../nbs/runner/04d_here.ipynb #4d76f5b2
@@ -83,7 +84,7 @@ def printed(folder: Path, follow: bool, every: float = 0.2) -> Iterator[str]:
             return
         time.sleep(every)
 
-# %% ../../nbs/runner/04d_here.ipynb #0877c3b4
+# %% ../../nbs/runner/04d_here.ipynb #794b6ab7
 def tell_to_stop(folder: Path) -> None:
     "Mark the run in `folder` as cancelled, and send SIGTERM to its process."
     (folder / ".cancel").touch()
@@ -92,7 +93,7 @@ def tell_to_stop(folder: Path) -> None:
         if status and status.state == "running" and alive(status):
             os.kill(status.pid, signal.SIGTERM)
 
-# %% ../../nbs/runner/04d_here.ipynb #fde12c7e
+# %% ../../nbs/runner/04d_here.ipynb #00cd180a
 def outlast(folder: Path, patience: float) -> None:
     "Wait until the run in `folder` is over; kill it after `patience` seconds."
     end = time.monotonic() + patience
@@ -101,7 +102,7 @@ def outlast(folder: Path, patience: float) -> None:
             with suppress(ProcessLookupError):
                 os.kill(now.pid, signal.SIGKILL)
         time.sleep(0.05)
-    status, end = read_status(folder), time.monotonic() + 5
+    status, end = read_status(folder), time.monotonic() + GRACE
     while status and status.pid != os.getpid() and alive(status) and time.monotonic() < end:
         time.sleep(0.02)  # it has said so, and is on its way out
 
@@ -146,7 +147,7 @@ def resume(folder: Path) -> str:
         queue(folder, id)
     return start(folder)
 
-# %% ../../nbs/runner/04d_here.ipynb #634d1c2f
+# %% ../../nbs/runner/04d_here.ipynb #9cd12e0b
 def run_folder(id: str) -> Path:
     "The run folder of a job: `id` is an id, the beginning of one, or a run folder."
     if (Path(id) / "status.json").exists():
@@ -159,7 +160,7 @@ def run_folder(id: str) -> Path:
         raise RunError(f"{entry.id} has no run {run!r}", f"llmkit jobs show {entry.id} lists them")
     return entry.folder / run
 
-# %% ../../nbs/runner/04d_here.ipynb #26f1c88e
+# %% ../../nbs/runner/04d_here.ipynb #1199c009
 class Looking:
     "Jobs on this machine, looked at."
 

@@ -67,8 +67,12 @@ def parameters(path: str | Path) -> dict[str, Parameter]:
     "The parameters of a job notebook by name; a line that papermill could not replace is a `ConfigError`."
     from papermill import inspect_notebook
 
-    found = inspect_notebook(str(path))
-    for node in ast.parse(parameter_cell(path)).body:
+    cell = parameter_cell(path)
+    try:
+        found = inspect_notebook(str(path))
+    except ValueError as e:  # papermill's: the notebook names no kernel
+        raise RunError(f"{path} names no kernel", "open it in JupyterLab and save it with the kernel python3") from e
+    for node in ast.parse(cell).body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
         try:
             ast.literal_eval(node.value if name in found else None)  # type: ignore[attr-defined, arg-type]
