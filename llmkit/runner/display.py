@@ -40,7 +40,7 @@ def phrase(progress: dict[str, Any] | None) -> str:
 # %% ../../nbs/runner/02a_display.ipynb #f072d51c
 def number(value: float) -> str:
     "A number as a person reads it: `768,802,816`, `5.714`."
-    whole = abs(value) >= 10_000 or (value == int(value) if math.isfinite(value) else False)
+    whole = abs(value) >= 1000 or (value == int(value) if math.isfinite(value) else False)
     return f"{value:,.0f}" if whole and math.isfinite(value) else f"{value:.4g}"
 
 # %% ../../nbs/runner/02a_display.ipynb #b4894c82
