@@ -1,4 +1,4 @@
-"""The quickstart's whole line, here and in Azure ML's local control plane: the same data, model, numbers and verdicts."""
+"""The quickstart, here and in Azure ML: the same data, model, numbers and verdicts."""
 
 from __future__ import annotations
 
