@@ -266,6 +266,7 @@ def test_a_sweep_that_is_killed(quick: Callable[..., Done], tmp_path: Path, tick
         [f"00{n}", f"{n + 4}", "finished"] for n in (1, 2, 3)
     ]
     assert kept.items() <= notebooks(tmp_path).items() and len(notebooks(tmp_path)) == 3
+    assert "Fatal" not in (tmp_path / "sweep/003/log.txt").read_text()  # how a process ends whose stdin is being read
     from llmkit.core.tracking import tracking_client
 
     client = tracking_client(f"sqlite:///{tmp_path / 'sweep/mlflow.db'}")
