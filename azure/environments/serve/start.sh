@@ -11,5 +11,6 @@ if [ -z "$model" ]; then
 fi
 set -- --host "${HOST:-0.0.0.0}" --port "${PORT:-8000}" --gateway --timeout "${LLMKIT_TIMEOUT:-170}" \
   --slots "${LLMKIT_SLOTS:-8}" --queue "${LLMKIT_QUEUE:-64}" --log-json
-echo "llmkit serve revision=$model $*" >&2
-exec llmkit serve "revision=$model" "$@"
+revision="${LLMKIT_REVISION:-revision}"  # what replies call their system_fingerprint
+echo "llmkit serve $revision=$model $*" >&2
+exec llmkit serve "$revision=$model" "$@"
