@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What a workflow does with Azure ML after the images are pushed; each command prints what the next one wants.
 
-tools/release.py environment serve REGISTRY/llmkit-serve@sha256:...   register an image: azureml:llmkit-serve:VERSION
-tools/release.py model llmkit                                         its latest version: azureml:llmkit:VERSION
-tools/release.py deploy ENDPOINT MODEL ENVIRONMENT SHARE              put it beside the old one, ask it, give it a share
+tools/release.py environments serve=REGISTRY/NAME@sha256:...  register images: serve=azureml:llmkit-serve:VERSION
+tools/release.py model llmkit                                 its latest version: azureml:llmkit:VERSION
+tools/release.py deploy ENDPOINT MODEL ENVIRONMENT SHARE      put it beside the old one, ask it, give it a share
 
 The workspace is found as `llmkit azure` finds it.
 """
@@ -41,7 +41,7 @@ def pinned(path: Path, image: str) -> str:
 
 
 def environment(service: Service, name: str, image: str) -> str:
-    """Register the environment azure/environments/NAME with a pushed image."""
+    """Register the environment azure/environments/NAME with a pushed image: azureml:NAME:VERSION."""
     text = pinned(ROOT / "azure" / "environments" / name / "environment.yml", image)
     with tempfile.TemporaryDirectory(prefix="llmkit-release-") as folder:
         path = Path(folder) / "environment.yml"
@@ -101,10 +101,8 @@ def main(words: list[str] | None = None) -> int:
     """The exit code of one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, arguments in {"environment": ("name", "image"), "model": ("name",)}.items():
-        one = commands.add_parser(name)
-        for argument in arguments:
-            one.add_argument(argument)
+    commands.add_parser("environments").add_argument("images", nargs="+", metavar="NAME=IMAGE")
+    commands.add_parser("model").add_argument("name")
     one = commands.add_parser("deploy")
     for argument in ("endpoint", "model", "environment"):
         one.add_argument(argument)
@@ -113,8 +111,9 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         service = connect()
-        if given.command == "environment":
-            print(environment(service, given.name, given.image))
+        if given.command == "environments":
+            for name, _, image in (pair.partition("=") for pair in given.images):
+                print(f"{name}={environment(service, name, image)}")
         elif given.command == "model":
             print(latest(service, given.name))
         else:
