@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from azure_plane import Plane
 from llmkit.azureml.assets import register_model
 from llmkit.azureml.endpoint import EndpointBackend
 from llmkit.azureml.workspace import connect
+from llmkit.cli.main import dispatch, subcommand
 from llmkit.core.errors import ConfigError, ServiceError
 from llmkit.core.tiny import tiny_model
 
@@ -124,6 +126,43 @@ def test_an_environment_names_its_image_by_digest(plane: Plane) -> None:
     assert environment(service, "serve", image).endswith(version)
     with pytest.raises(ConfigError, match="no image by digest; push it first"):
         environment(service, "serve", "crllmkit.azurecr.io/llmkit-serve:latest")
+
+
+def spoken() -> list[list[str]]:
+    """The lines of azure/README.md that call llmkit."""
+    text = (ROOT / "azure/README.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    return [shlex.split(line) for line in re.findall(r"^(?:\w+=\$\()?llmkit ([^)\n]+)", blocks, re.M)]
+
+
+def options(words: list[str]) -> set[str]:
+    """The options that a command has."""
+    command = subcommand(words[0])
+    command = command.commands[words[1]] if hasattr(command, "commands") else command
+    return {o for p in command.params for o in p.opts}
+
+
+def test_the_readme_leads_to_an_endpoint_and_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its lines in their order; what trains for minutes is looked at only, and a small model stands in its place."""
+    model, told = tiny_model(tmp_path / "model"), {}
+    monkeypatch.chdir(ROOT)
+    with Plane(tmp_path / "plane", delay=0.05, blobs="stub") as running:
+        monkeypatch.setenv("LLMKIT_AZURE_CLOUD", str(running.cloud))
+        for words in spoken():
+            assert {w for w in words if w.startswith("--")} <= options(words), words
+            if words[0] in ("run", "pipeline"):
+                continue
+            line = [str(model) if w.endswith("/model") else w for w in words]
+            assert dispatch(line) == 0, words
+            told[" ".join(words)] = capsys.readouterr().out
+    assert "16 files are good" in told["azure check"]
+    assert "azureml:llmkit-serve:" in told["azure up cpu gpu-spot"] and "gpu-spot made" in told["azure up cpu gpu-spot"]
+    assert "blue gets all traffic" in told["azure deploy blue"]
+    assert told["azure traffic blue=95 green=5"] == "blue 95 %, green 5 %\n"
+    assert told["azure delete --yes"].endswith("llmkit is gone\n")
+    assert "gpu-spot taken away" in told["azure down"]
 
 
 class Stand:
