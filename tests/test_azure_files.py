@@ -5,7 +5,6 @@ Nothing here talks to Azure, and none of it has run on a subscription.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -18,6 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from llmkit.core.errors import LLMKitError
 
 ROOT = Path(__file__).resolve().parents[1]
 AZURE, WORKFLOWS = ROOT / "azure", ROOT / ".github" / "workflows"
@@ -101,7 +102,12 @@ def test_a_deployment_fits_the_server_that_it_runs(path: Path, load: dict) -> No
 
 
 def test_blue_and_green_differ_in_name_alone() -> None:
+    """By their names, too, in replies."""
     blue, green = (read(p) for p in DEPLOYMENTS)
+    assert {d["name"]: d["environment_variables"].pop("LLMKIT_REVISION") for d in (blue, green)} == {
+        "blue": "blue",
+        "green": "green",
+    }
     assert blue | {"name": "green"} == green
 
 
@@ -133,10 +139,11 @@ def test_start_serves_the_mounted_model(tmp_path: Path) -> None:
     fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     fake.chmod(0o755)
     env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "AZUREML_MODEL_DIR": str(tmp_path / "mount")}
+    env |= read(DEPLOYMENTS[1])["environment_variables"]
     script = ["/bin/sh", AZURE / "environments/serve/start.sh"]
     done = subprocess.run(script, env=env, capture_output=True, text=True)
     words = done.stdout.splitlines()
-    assert words[:2] == ["serve", f"revision={model}"], done.stderr
+    assert words[:2] == ["serve", f"green={model}"], done.stderr
     options = {o for p in subcommand("serve").params for o in p.opts}
     assert {w for w in words if w.startswith("--")} <= options and "--gateway" in words
     assert not ENV.keys() & set(read(DEPLOYMENTS[0])["environment_variables"])
@@ -222,21 +229,21 @@ def commands(data: dict, path: str = "") -> Iterator[tuple[str, dict]]:
         yield from commands(step, name)
 
 
-def passed(command: str) -> dict[str, tuple[str, str]]:
-    """Parameters of the papermill call in a command: the option and the text by name."""
-    found = {n: (o, v) for o, n, v in re.findall(r"\s-([pr]) (\w+) (\S+)", command)}
-    return found | {n: ("y", v) for n, v in re.findall(r"\s-y '(\w+): ([^']*)'", command)}
+def passed(command: str) -> dict[str, str]:
+    """Parameters that the call of a notebook in a command is given."""
+    return {n: v.strip("'") for n, v in re.findall(r"\s-p (\w+) ('[^']*'|\S+)", command)}
 
 
 def job_problems(data: dict) -> list[str]:
     """What a job says that is not so: notebooks, parameters, inputs, outputs, steps, clusters, environments."""
-    from llmkit.runner.inspect import config_class, parameters
+    from llmkit.runner.inspect import check
 
     wrong = []
     jobs = data.get("jobs", {})
     for name, inner in commands(data):
         text = inner["command"]
-        book = re.search(r"papermill (\S+\.ipynb) \$\{\{outputs\.run\}\}/node-(\$NODE_RANK|0)\.ipynb", text)
+        call = r"python -m llmkit\.cli run (\S+\.ipynb) --out \$\{\{outputs\.run\}\}( --node \$NODE_RANK)?"
+        book = re.search(call, text)
         if not book or not (ROOT / book[1]).is_file():
             wrong.append(f"{name}: runs no notebook that exists")
             continue
@@ -244,12 +251,8 @@ def job_problems(data: dict) -> list[str]:
             used = set(re.findall(r"\$\{\{%s\.(\w+)\}\}" % kind, text))  # noqa: UP031
             wrong += [f"{name}: {kind}.{u} is not defined" for u in sorted(used - set(inner.get(kind, {})))]
             wrong += [f"{name}: {kind}.{u} is used nowhere" for u in sorted(set(inner.get(kind, {})) - used)]
-        types, cls = parameters(ROOT / book[1]), config_class(ROOT / book[1])
         values = {}
-        for parameter, (option, value) in passed(text).items():
-            if parameter not in types:
-                wrong.append(f"{name}: {book[1]} has no parameter {parameter}")
-                continue
+        for parameter, value in passed(text).items():
             for given in re.findall(r"\$\{\{inputs\.(\w+)\}\}", value):
                 fixed = inner.get("inputs", {}).get(given)
                 fixed = data.get("inputs", {}).get(given) if isinstance(fixed, str) and "parent." in fixed else fixed
@@ -257,12 +260,14 @@ def job_problems(data: dict) -> list[str]:
             for given in re.findall(r"\$\{\{search_space\.(\w+)\}\}", value):  # its first value stands for all
                 fixed = inner.get("search_space", {}).get(given, {}).get("values", ["?"])[0]
                 value = value.replace(f"${{{{search_space.{given}}}}}", str(fixed))
-            value = value.replace("$AZUREML_NODE_COUNT", "1")
-            values[parameter] = value if option == "r" else ast.literal_eval(value)
+            values[parameter] = value.replace("$AZUREML_NODE_COUNT", "1")
         try:
-            cls.from_dict({p.name: p.default for p in types.values()} | values)  # type: ignore[union-attr]
-        except Exception as e:  # noqa: BLE001 - whatever the config says is the finding
+            check(ROOT / book[1], values, text=True)
+        except LLMKitError as e:
             wrong.append(f"{name}: {e}")
+        many = inner.get("distribution") is not None
+        if many != bool(book[2]):
+            wrong.append(f"{name}: one folder for many nodes" if many else f"{name}: has one node")
         compute = inner.get("compute") or data.get("compute") or data.get("settings", {}).get("default_compute", "")
         for value, what in ((compute, "compute_configs"), (inner.get("environment", ""), "environments")):
             if value.removeprefix("azureml:").partition("@")[0] not in known(what):
@@ -292,9 +297,11 @@ def test_the_schedule_runs_the_pipeline(load: dict) -> None:
 
 BREAKS: list[tuple[str, Callable[[str], str], str]] = [
     ("train", lambda s: s.replace("train_model.ipynb", "train_modle.ipynb"), "runs no notebook"),
-    ("train", lambda s: s.replace("-p steps", "-p step"), "no parameter step"),
-    ("train", lambda s: s.replace("steps: 20000", "steps: fast"), "malformed"),
+    ("train", lambda s: s.replace("-p steps", "-p step"), "no parameter 'step'"),
+    ("train", lambda s: s.replace("steps: 20000", "steps: fast"), "steps"),
     ("train", lambda s: s.replace("steps: 20000", "steps: -1"), "steps"),
+    ("train", lambda s: s.replace(" --node $NODE_RANK", ""), "one folder for many nodes"),
+    ("evaluate", lambda s: s.replace("llmkit.cli run", "llmkit.cli rum"), "runs no notebook"),
     ("train", lambda s: s.replace("strategy: ddp", "strategy: dpp"), "strategy"),
     ("train", lambda s: s.replace("gpu-a100", "gpu-a200"), "not in azure/compute_configs"),
     ("train", lambda s: s.replace("llmkit-train@", "llmkit-trian@"), "not in azure/environments"),
