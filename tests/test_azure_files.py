@@ -410,13 +410,17 @@ def test_the_workflow_asks_before_production_and_keeps_no_secret() -> None:
     flow = read(WORKFLOWS / "deploy.yml")
     jobs = flow["jobs"]
     assert "secrets" not in text and flow["permissions"] == {}
-    assert [jobs[n]["needs"] for n in ("images", "staging", "production")] == ["test", "images", "staging"]
+    order = ["test", "images", "staging", "production", "everyone"]
+    assert list(jobs) == order and [jobs[n]["needs"] for n in order[1:]] == order[:-1]
     logged_in = {n for n, job in jobs.items() if any("azure/login" in s.get("uses", "") for s in job.get("steps", []))}
-    assert logged_in == {"images", "staging", "production"}
+    assert logged_in == set(order[1:])
     for name in logged_in:
-        assert jobs[name]["environment"] == name and jobs[name]["permissions"]["id-token"] == "write"
+        assert (
+            jobs[name]["environment"] == name.replace("everyone", "production")
+            and jobs[name]["permissions"]["id-token"] == "write"
+        )
     trusted = re.search(r"var environments = \[(.*?)\]", (AZURE / "infra/modules/identities.bicep").read_text(), re.S)
-    assert trusted and set(re.findall(r"'(\w+)'", trusted[1])) == logged_in
+    assert trusted and set(re.findall(r"'(\w+)'", trusted[1])) == {jobs[n]["environment"] for n in logged_in}
     # What a person typed reaches a shell through the environment alone.
     runs = [s["run"] for job in jobs.values() for s in job.get("steps", []) if "run" in s]
     assert not [r for r in runs if re.search(r"\$\{\{\s*(inputs|github\.event|needs)", r)]

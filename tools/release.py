@@ -4,6 +4,7 @@
 tools/release.py environments serve=REGISTRY/NAME@sha256:...  register images: serve=azureml:llmkit-serve:VERSION
 tools/release.py model llmkit                                 its latest version: azureml:llmkit:VERSION
 tools/release.py deploy ENDPOINT MODEL ENVIRONMENT SHARE      put it beside the old one, ask it, give it a share
+tools/release.py finish ENDPOINT                              give it the rest, too
 
 The workspace is found as `llmkit azure` finds it.
 """
@@ -94,6 +95,21 @@ def deploy(
     backend.put({new: share, old: 100 - share} if shares.get(old) else {new: 100})
     if lone:
         backend.remove(old)
+    return told(backend)
+
+
+def finish(backend: EndpointBackend, asking: Callable[[Any, str], None] = ask) -> str:
+    """Give all traffic to the deployment that has less, if it still answers: the shares then."""
+    shares = backend.shares()
+    new, _ = turns(shares)
+    if shares.get(new):  # else nothing is under way: the first deployment has all
+        asking(backend, new)
+        backend.put({new: 100})
+    return told(backend)
+
+
+def told(backend: EndpointBackend) -> str:
+    """The shares in words."""
     return ", ".join(f"{name} {share} %" for name, share in sorted(backend.shares().items()))
 
 
@@ -103,6 +119,7 @@ def main(words: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("environments").add_argument("images", nargs="+", metavar="NAME=IMAGE")
     commands.add_parser("model").add_argument("name")
+    commands.add_parser("finish").add_argument("endpoint")
     one = commands.add_parser("deploy")
     for argument in ("endpoint", "model", "environment"):
         one.add_argument(argument)
@@ -116,6 +133,8 @@ def main(words: list[str] | None = None) -> int:
                 print(f"{name}={environment(service, name, image)}")
         elif given.command == "model":
             print(latest(service, given.name))
+        elif given.command == "finish":
+            print(finish(EndpointBackend(service, given.endpoint)))
         else:
             backend = EndpointBackend(service, given.endpoint)
             print(deploy(backend, given.model, given.environment, given.share, given.lone))
