@@ -5,6 +5,8 @@
 # %% ../../nbs/azureml/04_endpoint.ipynb #6b6b39c4
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -96,9 +98,12 @@ class Waiting(Endpoint):
 
     def finish(self, doing: str, work: Callable[[Any], Any]) -> None:
         "Start something long and wait for its end; if its answer is lost, who looks afterwards sees what became of it."
-        poller = self.begin(doing, work)
         try:
-            self.service.quietly(lambda c: poller.result())
+            with contextlib.redirect_stdout(io.StringIO()):  # the SDK prints a dot a look
+                poller = self.begin(doing, work)
+                self.service.quietly(lambda c: poller.result())
+        except LLMKitError:
+            raise
         except Exception as e:  # the SDK raises from six families; what is none of them goes on
             if passing(e):
                 return
