@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .compute import expanded, word
-from .failures import explain, passing
+from .failures import explain, facts, passing
 from .preflight import sdk_load, vet
 from .sheet import read_sheet
 from .submit import write_yaml
@@ -105,7 +105,7 @@ class Waiting(Endpoint):
         except LLMKitError:
             raise
         except Exception as e:  # the SDK raises from six families; what is none of them goes on
-            if passing(e):
+            if passing(e) or facts(e)[0] == 404:  # the operation, too, can be unknown for a moment
                 return
             raise (explain(e, f"{doing} {self.name}") or e) from e
 
