@@ -42,6 +42,8 @@ def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     tracked = getattr(request, "param", False)
     with Plane(tmp_path / "plane", delay=0.05, blobs="stub", mlflow=tracked) as running:
         monkeypatch.setenv("LLMKIT_AZURE_CLOUD", str(running.cloud))
+        for name, value in running.wire.variables().items():  # the clients that are started here are watched, too
+            monkeypatch.setenv(name, value)
         yield running
 
 
@@ -259,7 +261,8 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def llmkit(project: Path, *words: str) -> tuple[int, str]:
     """Exit code and output of the command, called in the project."""
     line = [sys.executable, "-m", "llmkit.cli", *words]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    places = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": places, "COLUMNS": "200"}
     done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
