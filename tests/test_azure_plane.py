@@ -242,7 +242,6 @@ with mlflow.start_run():
 """
 
 
-@pytest.mark.xfail(reason="the trials run, and their metrics are not found in the plane's MLflow store yet")
 def test_a_sweep_keeps_its_best_trial_by_what_mlflow_has(plane, ml, job, tmp_path, monkeypatch):
     (tmp_path / "trial.py").write_text(TRIAL)
     monkeypatch.setattr(plane.tracking, "on", True)

@@ -70,7 +70,9 @@ def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
     done, sheet = {}, Sheet(base / "job.yml", {})
     for key, value in spec.items():
         path = sheet.local(value) if key in ("code", "component", "trial", "path", "conda_file", "create_job") else None
-        if path is None or (key == "path" and not path.exists()):
+        if key == "inference_config":  # its paths are addresses
+            done[key] = value
+        elif path is None or (key == "path" and not path.exists()):
             done[key] = packed(value, base, parcel, key == "build")
         elif key == "code" or (key == "path" and build):
             done[key] = parcel.code(path)

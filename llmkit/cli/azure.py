@@ -22,7 +22,8 @@ EndpointName = Annotated[str, typer.Option("--endpoint", help="Name of the endpo
 
 # %% auto #0
 __all__ = ['app', 'Subscription', 'Group', 'Name', 'Clusters', 'EndpointName', 'DEPLOYMENTS', 'workspace', 'endpoint', 'check',
-           'up', 'down', 'shown', 'status', 'deploy', 'parts', 'traffic', 'logs', 'rotate', 'delete', 'register']
+           'up', 'down', 'shown', 'status', 'deploy', 'parts', 'traffic', 'logs', 'keys', 'rotate', 'delete',
+           'register']
 
 # %% ../../nbs/cli/07_azure.ipynb #7b7e9a57
 DEPLOYMENTS = Path("azure/deployment_configs")
@@ -182,6 +183,18 @@ def logs(
 ) -> None:
     "Print what a deployment's container printed."
     print("\n".join(endpoint(workspace(subscription, group, name), endpoint_name).logs(deployment, lines)))
+
+# %% ../../nbs/cli/07_azure.ipynb #d0220d13
+@app.command()
+def keys(
+    endpoint_name: EndpointName = "",
+    subscription: Subscription = "",
+    group: Group = "",
+    name: Name = "",
+) -> None:
+    "Print the base address for clients of OpenAI's API, and the endpoint's two keys."
+    target = endpoint(workspace(subscription, group, name), endpoint_name)
+    print(target.address(), *target.keys(), sep="\n")
 
 # %% ../../nbs/cli/07_azure.ipynb #9ad00499
 @app.command()
