@@ -69,6 +69,9 @@ def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
         return [packed(v, base, parcel) for v in spec] if isinstance(spec, list) else spec
     done, sheet = {}, Sheet(base / "job.yml", {})
     for key, value in spec.items():
+        if key == "inference_config":  # its paths are a server's
+            done[key] = value
+            continue
         path = sheet.local(value) if key in ("code", "component", "trial", "path", "conda_file", "create_job") else None
         if key == "inference_config":  # its paths are addresses
             done[key] = value
