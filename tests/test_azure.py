@@ -17,14 +17,11 @@ import nbformat
 import pytest
 from azure_plane import Plane
 
-from llmkit.azureml.assets import ensure_environment
-from llmkit.azureml.compute import down, status, up
-from llmkit.azureml.endpoint import EndpointBackend
+from llmkit.azureml.compute import up
 from llmkit.azureml.place import AzurePlace
 from llmkit.azureml.submit import send
 from llmkit.azureml.workspace import connect
 from llmkit.core.errors import ConfigError, LLMKitError, RunError, ServiceError
-from llmkit.deployment.rollout import move_traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of marshmallow, which the SDK uses
 TRACKED = pytest.mark.parametrize("plane", [True], indirect=True, ids=["mlflow"])
@@ -45,6 +42,8 @@ def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     tracked = getattr(request, "param", False)
     with Plane(tmp_path / "plane", delay=0.05, blobs="stub", mlflow=tracked) as running:
         monkeypatch.setenv("LLMKIT_AZURE_CLOUD", str(running.cloud))
+        for name, value in running.wire.variables().items():  # the clients that are started here are watched, too
+            monkeypatch.setenv(name, value)
         yield running
 
 
@@ -169,7 +168,6 @@ def test_an_expired_token_is_renewed(place: AzurePlace, plane: Plane, project: P
 
 SEND = """import sys
 from pathlib import Path
-from llmkit.azureml.endpoint import EndpointBackend
 from llmkit.azureml.place import AzurePlace
 home = Path(sys.argv[1])
 print(AzurePlace(home=home, say=lambda line: None).submit(home / "nbs" / "tiny.ipynb", {"lr": 0.5}, compute="cpu"))
@@ -247,17 +245,6 @@ def test_a_service_that_is_away(plane: Plane) -> None:
         AzurePlace(found).list()
 
 
-def test_clusters_twice(plane: Plane, project: Path) -> None:
-    service, told = connect(), []
-    for _ in range(2):
-        up(service, project, ["gpu-spot"], told.append)
-    assert ["made" in line for line in told] == [True, False]
-    assert next(row for row in status(service, project) if row["cluster"] == "gpu-spot")["state"] == "succeeded"
-    for _ in range(2):
-        down(service, project, ["gpu-spot"], told.append)
-    assert told[-2:] == ["gpu-spot taken away", "gpu-spot is not there"]
-
-
 def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DefaultAzureCredential with nothing to find: one line."""
     for name in list(os.environ):
@@ -271,73 +258,11 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         AzurePlace(connect(names, start=project, patience=0.0)).list()
 
 
-@pytest.fixture
-def endpoint(plane: Plane, tmp_path: Path) -> Iterator[tuple[EndpointBackend, Path]]:
-    """An endpoint whose deployments are small servers that say their name."""
-    image = tmp_path / "image"
-    image.mkdir()
-    (image / "serve.py").write_text(SERVER)
-    lines = ["FROM python:3.11", "COPY serve.py /opt/serve.py", 'CMD ["python", "/opt/serve.py"]']
-    (image / "Dockerfile").write_text("\n".join(lines))
-    routes = {f"{kind}_route": {"port": 8000, "path": "/"} for kind in ("liveness", "readiness", "scoring")}
-    spec = {"name": "serve", "build": {"path": "."}, "inference_config": routes}
-    (image / "environment.yml").write_text(json.dumps(spec))
-    (tmp_path / "endpoint.yml").write_text("name: llmkit\nauth_mode: key\n")
-    service = connect()
-    environment = ensure_environment(service, image, say=lambda line: None)
-    for name in ("blue", "green"):
-        said = {"name": name, "endpoint_name": "llmkit", "environment": environment, "instance_count": 1}
-        said |= {"instance_type": "Standard_DS3_v2", "environment_variables": {"WHO": name}}
-        said |= {"readiness_probe": {"period": 1, "failure_threshold": 20}}
-        (tmp_path / f"{name}.yml").write_text(json.dumps(said))
-    found = EndpointBackend(service, "llmkit", patience=60.0, every=0.1)
-    yield found, tmp_path
-    found.delete()
-
-
-SERVER = """import os
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Says(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(os.environ["WHO"].encode())
-
-    do_POST = do_GET
-
-HTTPServer(("127.0.0.1", int(os.environ.get("PORT", "8000"))), Says).serve_forever()
-"""
-
-
-def test_blue_and_green(endpoint: tuple[EndpointBackend, Path], plane: Plane) -> None:
-    """Made twice without complaint, traffic set and read back, mirrored, keys rotated, deleted."""
-    backend, folder = endpoint
-    for _ in range(2):
-        backend.make(folder / "endpoint.yml", say=lambda line: None)
-        backend.deploy(folder / "blue.yml", say=lambda line: None)
-    backend.deploy(folder / "green.yml", say=lambda line: None)
-    move_traffic(backend, {"blue": 1.0})
-    backend.mirror("green", 10)
-    assert backend.traffic() == {"blue": 1.0}
-    busy = {"method": "PUT", "status": 409, "message": "The endpoint is Updating", "times": 2}
-    plane.faults.add(path="*/onlineendpoints/llmkit", **busy)
-    move_traffic(backend, {"blue": 0.95, "green": 0.05})
-    assert backend.traffic() == {"blue": 0.95, "green": 0.05}
-    first = backend.keys()
-    assert backend.rotate("secondary") != first[1] and backend.keys()[0] == first[0]
-    with pytest.raises(ConfigError, match="green gets 5 % of the traffic"):
-        backend.remove("green")
-    move_traffic(backend, {"blue": 1.0})
-    backend.remove("green")
-    assert sorted(backend.deployments()) == ["blue"]
-    assert isinstance(backend.logs("blue"), list)
-
-
 def llmkit(project: Path, *words: str) -> tuple[int, str]:
     """Exit code and output of the command, called in the project."""
     line = [sys.executable, "-m", "llmkit.cli", *words]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    places = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    env = os.environ | {"PYTHONPATH": places, "COLUMNS": "200"}
     done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 

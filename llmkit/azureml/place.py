@@ -36,7 +36,7 @@ from ..runner.manage import JobRow, State
 
 # %% auto #0
 __all__ = ['STATES', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting', 'Submitting',
-           'stream', 'lines_of', 'rest', 'Watching', 'AzurePlace']
+           'stream', 'lines_of', 'rest', 'kept', 'Watching', 'AzurePlace']
 
 # %% ../../nbs/azureml/08_place.ipynb #f06c2ace
 STATES: dict[str, State] = {
@@ -102,8 +102,9 @@ class Azure:
         service: Service | None = None,  # None finds the workspace as `connect` does
         home: str | Path = ".",  # the project: its azure/ and its code
         say: Callable[[str], Any] = print,
+        every: float = 1.0,  # seconds between two looks at a job that is waited for
     ) -> None:
-        self.found, self.home, self.say = service, Path(home), say
+        self.found, self.home, self.say, self.every = service, Path(home), say, every
 
     @property
     def service(self) -> Service:
@@ -229,6 +230,14 @@ def rest(told: list[str], lines: list[str]) -> list[str]:
         at += at < len(lines) and line == lines[at]
     return lines[at:]
 
+# %% ../../nbs/azureml/08_place.ipynb #6d62051d
+def kept(service: Service, id: str) -> list[list[str]]:
+    "The lines of each log that a job has left so far."
+    with tempfile.TemporaryDirectory(prefix="llmkit-logs-") as folder:
+        service.call(f"read the log of {id}", lambda c: c.jobs.download(id, download_path=folder))
+        paths = sorted(Path(folder).rglob("user_logs/*.txt"))
+        return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
+
 # %% ../../nbs/azureml/08_place.ipynb #943d36bc
 class Watching(Submitting):
     "Azure ML as a place whose jobs are looked at."
@@ -249,17 +258,10 @@ class Watching(Submitting):
                 if number >= len(told):
                     told.append(line)
                     yield line
-            time.sleep(1.0)
-        for lines in self.kept(id):
+            time.sleep(self.every)
+        self.job(id)  # an id that is none is an error, not an empty log
+        for lines in kept(self.service, id):
             yield from rest(told, lines)
-
-    def kept(self, id: str) -> list[list[str]]:
-        "The lines of each log that a job has left so far."
-        self.job(id)
-        with tempfile.TemporaryDirectory(prefix="llmkit-logs-") as folder:
-            self.service.call(f"read the log of {id}", lambda c: c.jobs.download(id, download_path=folder))
-            paths = sorted(Path(folder).rglob("user_logs/*.txt"))
-            return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
 
 # %% ../../nbs/azureml/08_place.ipynb #79800220
 class AzurePlace(Watching):
@@ -273,7 +275,7 @@ class AzurePlace(Watching):
         self.service.call(f"cancel {id}", lambda c: c.jobs.begin_cancel(id).wait())
         while self.show(id).active:
             deadline.check(f"cancelling {id}", "look in the studio")
-            time.sleep(1.0)
+            time.sleep(self.every)
 
     def fetch(self, id: str, folder: Path) -> Path:
         "Copy what a job left behind to `folder`; it appears there whole or not at all."

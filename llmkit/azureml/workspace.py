@@ -25,8 +25,8 @@ from ..core.run import read_json
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'FILES', 'VARIABLES', 'TOLD', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file',
-           'FileToken', 'credential', 'make_client', 'hushed', 'Service', 'connect']
+__all__ = ['T', 'FILES', 'VARIABLES', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file', 'FileToken',
+           'credential', 'make_client', 'hushed', 'Service', 'connect']
 
 # %% ../../nbs/azureml/01_workspace.ipynb #ad84514e
 @dataclass(kw_only=True)
@@ -137,20 +137,15 @@ def credential(tenant: str = "", cloud: Mapping[str, Any] | None = None) -> Any:
     return identity.DefaultAzureCredential(**({"additionally_allowed_tenants": [tenant]} if tenant else {}))
 
 # %% ../../nbs/azureml/01_workspace.ipynb #a83432d7
-TOLD: set[str] = set()  # clouds that the SDK of this process knows
-
-
 def make_client(place: Workspace, cloud: Mapping[str, Any]) -> Any:
     "An `MLClient` for a workspace; importing it takes seconds, so it happens here."
-    sdk: Any = require("azure.ai.ml", "azure")
     options: dict[str, Any] = {"enable_telemetry": False, "show_progress": False}
     if cloud:
-        options["cloud"] = cloud.get("cloud", "LlmkitCloud")
-        if options["cloud"] not in TOLD:  # the SDK keeps what it was told, and refuses to hear it twice
-            TOLD.add(options["cloud"])
-            options["cloud_metadata"] = cloud["cloud_metadata"]
+        options |= {"cloud": cloud.get("cloud", "LlmkitCloud"), "cloud_metadata": cloud["cloud_metadata"]}
+        os.environ.pop("AZUREML_CURRENT_CLOUD", None)  # the SDK leaves it to its children, which do not know that cloud
         if cloud.get("certificate"):
             os.environ["REQUESTS_CA_BUNDLE"] = cloud["certificate"]
+    sdk: Any = require("azure.ai.ml", "azure")
     names = (place.subscription, place.resource_group, place.workspace)
     return sdk.MLClient(credential(place.tenant, cloud), *names, **options)
 
