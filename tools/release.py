@@ -65,7 +65,7 @@ def ask(backend: EndpointBackend, deployment: str) -> None:
     """Ask one deployment for a completion, past the shares; `ServiceError` if none comes."""
     import requests
 
-    url = f"{backend.get().scoring_uri.rstrip('/')}/v1/completions"
+    url = f"{backend.address()}/completions"
     headers = {"authorization": f"Bearer {backend.keys()[0]}", "azureml-model-deployment": deployment}
     body = {"model": "llmkit", "prompt": "def", "max_tokens": 4}
     reply = requests.post(url, json=body, headers=headers, timeout=170)
