@@ -168,4 +168,4 @@ def test_the_training_image_runs_a_job(buildah: Buildah) -> None:
     assert buildah(*inside, "python", "-c", code).startswith("3.")
     job = ["python", "-m", "llmkit.cli", "run", "nbs/jobs/train_model.ipynb", "--out", "/tmp/out", "-p", "steps", "5"]
     buildah(*inside, *job)
-    assert json.loads(buildah(*inside, "cat", "/tmp/out/result.json"))["status"] == "passed"
+    assert json.loads(buildah(*inside, "cat", "/tmp/out/result.json"))["status"] == "finished"
