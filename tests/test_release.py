@@ -281,10 +281,10 @@ def test_the_runner_installs_what_is_imported(plane: Plane) -> None:
     owners = packages_distributions()
     absent = [m for m, ds in owners.items() if m != "llmkit" and not {normal(d) for d in ds} & there]
     assert {"torch", "typer", "mlflow"} <= set(absent)
-    code = (
-        f"import runpy, sys\nsys.modules |= dict.fromkeys({absent})\nsys.argv[:] = ['release.py', 'model', 'llmkit']\n"
-    )
-    code += "runpy.run_path('tools/release.py', run_name='__main__')"
-    line = [sys.executable, "-c", code]
-    done = subprocess.run(line, cwd=ROOT, env=fresh(), capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "azureml:llmkit:1\n"), done.stderr
+    image = IMAGE.format(name="serve", digest="d" * 64)
+    calls = [["release.py", "model", "llmkit"], ["release.py", "environments", f"serve={image}"]]
+    code = f"import runpy, sys\nsys.modules |= dict.fromkeys({absent})\nimport azure.identity, requests\n"
+    code += f"for sys.argv[:] in {calls}:\n    try:\n        runpy.run_path('tools/release.py', run_name='__main__')\n"
+    code += "    except SystemExit as e:\n        assert not e.code"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=fresh(), capture_output=True, text=True)
+    assert re.fullmatch(r"azureml:llmkit:1\nserve=azureml:llmkit-serve:\w+\n", done.stdout), done.stderr
