@@ -43,7 +43,13 @@ def percents(weights: Mapping[str, float]) -> dict[str, int]:
 class Endpoint(Waiting):
     "An online endpoint, by name."
 
-    def __init__(self, service: Service, name: str, patience: float = 1800.0, every: float = 1.0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        patience: float = 1800.0,  # seconds that a change may take
+        every: float = 1.0,  # seconds between two looks
+    ) -> None:
         super().__init__(service, patience, every)
         self.name = name
 

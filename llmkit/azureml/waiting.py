@@ -30,7 +30,12 @@ def word(state: Any) -> str:
 class Looking:
     "Looks at what changes in a workspace until it has changed."
 
-    def __init__(self, service: Service, patience: float = 1800.0, every: float = 1.0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        patience: float = 1800.0,  # seconds that a change may take
+        every: float = 1.0,  # seconds between two looks
+    ) -> None:
         self.service, self.patience, self.every = service, patience, every
 
     def until(self, look: Callable[[], Any], what: str) -> Any:
