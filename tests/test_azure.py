@@ -174,12 +174,20 @@ print(AzurePlace(home=home, say=lambda line: None).submit(home / "nbs" / "tiny.i
 """
 
 
+def variables() -> dict[str, str]:
+    """The environment of a client of its own: without the cloud that the SDK has left in ours."""
+    places = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    kept = {k: v for k, v in os.environ.items() if k != "AZUREML_CURRENT_CLOUD"}
+    return kept | {"PYTHONPATH": places, "COLUMNS": "200"}
+
+
 def killed_at(plane: Plane, project: Path, call: int, applied: bool) -> bool:
     """Kill a client while its call number `call` is under way; whether it got that far."""
     plane.faults.add(status=0, after=call, delay=0.0 if applied else 3.0, applied=applied)
     before = len(plane.faults.log)
     fault = plane.faults.active[-1]
-    with subprocess.Popen([sys.executable, "-c", SEND, str(project)], stdout=subprocess.PIPE) as client:
+    line = [sys.executable, "-c", SEND, str(project)]
+    with subprocess.Popen(line, env=variables(), stdout=subprocess.PIPE) as client:
         while client.poll() is None and not fault.hit:
             time.sleep(0.01)
         client.send_signal(signal.SIGKILL)
@@ -261,9 +269,7 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def llmkit(project: Path, *words: str) -> tuple[int, str]:
     """Exit code and output of the command, called in the project."""
     line = [sys.executable, "-m", "llmkit.cli", *words]
-    places = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
-    env = os.environ | {"PYTHONPATH": places, "COLUMNS": "200"}
-    done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=project, env=variables(), capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
 

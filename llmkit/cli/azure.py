@@ -103,7 +103,7 @@ def shown(rows: list[dict[str, Any]]) -> None:
 def status(subscription: Subscription = "", group: Group = "", name: Name = "") -> None:
     "Show the clusters that azure/ describes with nodes and price, and the endpoints with their traffic."
     from llmkit.azureml.compute import status as stand
-    from llmkit.azureml.compute import word
+    from llmkit.azureml.waiting import word
 
     service = workspace(subscription, group, name)
     print(service.place)
