@@ -89,9 +89,8 @@ def check_target(target: Target, files: list[Path]) -> None:
         hint = f"ask for fewer, or raise max_instances in {sheet.path.name}"
         raise ConfigError(f"{target.compute} has {most} nodes, and {target.nodes} are asked for", hint)
     if gpus is not None and target.gpus > gpus:
-        raise ConfigError(
-            f"a node of {target.compute} has {gpus} GPUs, not {target.gpus}", f"give --gpus {gpus} at most"
-        )
+        hint = f"give --gpus {gpus} at most" if gpus else "leave out --gpus"
+        raise ConfigError(f"a node of {target.compute} has {gpus} GPUs, not {target.gpus}", hint)
 
 # %% ../../nbs/azureml/08_place.ipynb #a838a82b
 class Azure:
