@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ from llmkit.core.run import Run
 
 run = Run(out, "tiny", {"lr": lr, "revision": revision})
 run.metric("loss", lr * 2)
+if os.environ.get("APPLICATIONINSIGHTS_CONNECTION_STRING"):
+    import time
+    from llmkit.monitoring.requestlog import RequestRow
+    from llmkit.monitoring.traces import telemetry_from
+
+    telemetry = telemetry_from(os.environ)
+    telemetry.record(RequestRow("r1", time.time(), alias="tiny", endpoint="/v1/completions"))
+    telemetry.close()
 print("node", os.environ.get("NODE_RANK", "0"), "of", nnodes, "lr", lr, "revision", revision)
 run.finish()"""
 
@@ -86,8 +96,38 @@ def made(place: AzurePlace) -> set[str]:
     return {row.id for row in place.list(1000)}
 
 
+@pytest.fixture
+def insights(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What Application Insights, which the environment names, is sent."""
+    sent: list[dict[str, Any]] = []
+
+    class Sink(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            rows = json.loads(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
+            sent.extend(rows)
+            answer = json.dumps({"itemsReceived": len(rows), "itemsAccepted": len(rows), "errors": []}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Sink) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        words = f"InstrumentationKey=00000000-0000-0000-0000-000000000001;IngestionEndpoint={url};LiveEndpoint={url}"
+        monkeypatch.setenv("APPLICATIONINSIGHTS_CONNECTION_STRING", words)
+        yield sent
+        server.shutdown()
+
+
 @TRACKED
-def test_a_job_runs_and_comes_back(place: AzurePlace, plane: Plane, project: Path, tmp_path: Path) -> None:
+def test_a_job_runs_and_comes_back(
+    place: AzurePlace, plane: Plane, project: Path, tmp_path: Path, insights: list[dict[str, Any]]
+) -> None:
     params = {"lr": 0.3, "revision": "007"}
     id = place.submit(project / "nbs" / "tiny.ipynb", params, compute="cpu")
     assert place.submit(project / "nbs" / "tiny.ipynb", params, compute="cpu") == id
@@ -102,6 +142,8 @@ def test_a_job_runs_and_comes_back(place: AzurePlace, plane: Plane, project: Pat
     assert result["metrics"] == {"loss": 0.6} and result["params"] == params
     assert (folder / "tiny.ipynb").exists() and (folder / "environment.txt").exists()
     assert result["mlflow_run_id"] == id and plane.tracking.metrics(id) == {"loss": 0.6}  # one id for both
+    assert id in json.dumps(insights), "its traces do not name the run"
+    assert {"RequestData", "MetricData"} <= {row["data"]["baseType"] for row in insights}
     assert [r.id for r in place.list(5)] == [id]
     assert place.submit(project / "nbs" / "tiny.ipynb", params, compute="cpu", label="again") != id
 
@@ -110,7 +152,7 @@ def test_a_job_runs_and_comes_back(place: AzurePlace, plane: Plane, project: Pat
 def test_two_nodes_train_with_torchrun(place: AzurePlace, project: Path, tmp_path: Path) -> None:
     """The training notebook as it is: one group of processes over both nodes, one model, a notebook a node."""
     job = Path(shutil.copy(ROOT / "nbs" / "jobs" / "train_model.ipynb", project / "nbs"))
-    params = {"strategy": "ddp", "steps": 4, "sft_steps": 2, "warmup": 1, "precision": "fp32"}
+    params = {"strategy": "ddp", "steps": 4, "sft_steps": 0, "warmup": 1, "precision": "fp32"}
     id = place.submit(job, params, compute="cpu", nodes=2)
     assert ended(place, id, 250).state == "finished", list(place.logs(id))[-20:]
     folder = place.fetch(id, tmp_path / "got")

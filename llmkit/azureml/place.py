@@ -35,8 +35,8 @@ from ..runner.inspect import find_job
 from ..runner.manage import JobRow, State
 
 # %% auto #0
-__all__ = ['STATES', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting', 'Submitting',
-           'stream', 'lines_of', 'rest', 'kept', 'Watching', 'AzurePlace']
+__all__ = ['STATES', 'PASSED_ON', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting',
+           'Submitting', 'Filing', 'stream', 'lines_of', 'rest', 'kept', 'Watching', 'AzurePlace']
 
 # %% ../../nbs/azureml/08_place.ipynb #f06c2ace
 STATES: dict[str, State] = {
@@ -120,6 +120,9 @@ class Azure:
         return job
 
 # %% ../../nbs/azureml/08_place.ipynb #e13f0c09
+PASSED_ON = ("APPLICATIONINSIGHTS_CONNECTION_STRING",)  # variables of ours that a job gets
+
+
 class Aiming(Azure):
     "A workspace whose clusters and environments are described in the project."
 
@@ -142,9 +145,10 @@ class Aiming(Azure):
         return folder if folder.exists() else target.environment
 
     def variables(self) -> dict[str, str]:
-        "What a job is told of where its code came from."
+        "What a job is told of where its code came from, and where its traces go: to where ours do."
+        told = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
         git = git_facts(self.home)
-        return {"LLMKIT_GIT": json.dumps(git)} if git else {}
+        return told | ({"LLMKIT_GIT": json.dumps(git)} if git else {})
 
 # %% ../../nbs/azureml/08_place.ipynb #551ea521
 class Posting(Aiming):
@@ -184,6 +188,10 @@ class Submitting(Posting):
         check_target(target, cluster_files(self.home))
         named = environment_name(self.source(target))
         return self.post(line_spec(data, preset, seed, target, named, self.variables()), "quickstart", target)
+
+# %% ../../nbs/azureml/08_place.ipynb #2827394b
+class Filing(Submitting):
+    "Azure ML as a place to send files to."
 
     def send_file(self, file: Path, label: str = "", limit_mb: float = 100.0) -> str:
         "Send the job, sweep or pipeline in a YAML file, or set the schedule; its id."
@@ -238,7 +246,7 @@ def kept(service: Service, id: str) -> list[list[str]]:
         return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
 
 # %% ../../nbs/azureml/08_place.ipynb #943d36bc
-class Watching(Submitting):
+class Watching(Filing):
     "Azure ML as a place whose jobs are looked at."
 
     def list(self, limit: int = 50) -> list[JobRow]:

@@ -73,9 +73,7 @@ def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
             done[key] = value
             continue
         path = sheet.local(value) if key in ("code", "component", "trial", "path", "conda_file", "create_job") else None
-        if key == "inference_config":  # its paths are addresses
-            done[key] = value
-        elif path is None or (key == "path" and not path.exists()):
+        if path is None or (key == "path" and not path.exists()):
             done[key] = packed(value, base, parcel, key == "build")
         elif key == "code" or (key == "path" and build):
             done[key] = parcel.code(path)
@@ -89,7 +87,7 @@ def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
 
 # %% ../../nbs/azureml/03_submit.ipynb #f888e86b
 ASIDE = ("name", "display_name", "description", "tags", "experiment_name")
-SAID = ("LLMKIT_GIT",)  # variables that tell where code came from, not what it is
+SAID = ("LLMKIT_GIT", "APPLICATIONINSIGHTS_CONNECTION_STRING")  # variables that do not change what a job does
 
 
 def essence(spec: Any, parcel: Parcel) -> Any:
