@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +17,14 @@ from typing import Any
 
 from .assets import ensure_environment, environment_name
 from .command import notebook_call
+from .joblog import kept, lines_of, rest
 from .line import line_spec
 from .rules import gpus_of
 from .schedule import make_schedule
 from .sheet import read_sheet
 from .spec import Target, check_sweep_values, job_spec, placed, sweep_spec
 from .submit import Sent, send, state_of
-from .workspace import VARIABLES, Service, Workspace, connect
+from .workspace import Service, connect
 from ..core.config import nearest
 from ..core.errors import ConfigError, RunError
 from ..core.resilience import Deadline
@@ -36,7 +35,7 @@ from ..runner.manage import JobRow, State
 
 # %% auto #0
 __all__ = ['STATES', 'PASSED_ON', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting',
-           'Submitting', 'Filing', 'stream', 'lines_of', 'rest', 'kept', 'Watching', 'AzurePlace']
+           'Submitting', 'Filing', 'Watching', 'AzurePlace']
 
 # %% ../../nbs/azureml/08_place.ipynb #f06c2ace
 STATES: dict[str, State] = {
@@ -205,45 +204,6 @@ class Filing(Submitting):
         sent = send(self.service, read_settings(file), file.stem, file.parent, beside=cluster_files(self.home), **how)
         self.tell(sent)
         return sent.name
-
-# %% ../../nbs/azureml/08_place.ipynb #35f13e04
-def stream(id: str) -> None:
-    "Print a job's log until it ends: what the process behind `logs` runs."
-    service = connect()
-    try:
-        service.client.jobs.stream(id)
-    except Exception as e:  # noqa: BLE001 - the job failed, or the connection did: its state tells
-        print(f"llmkit: {type(e).__name__}", file=sys.stderr)
-        sys.exit(3)
-
-# %% ../../nbs/azureml/08_place.ipynb #1369bc7c
-def lines_of(id: str, place: Workspace) -> Iterator[str]:
-    "The lines of one try to stream a job's log."
-    words = [sys.executable, "-u", "-c", f"from llmkit.azureml.place import stream; stream({id!r})"]
-    names = {VARIABLES[k][0]: getattr(place, k) for k in VARIABLES if getattr(place, k)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(words, env=os.environ | names, **pipes) as process:
-        try:
-            yield from (line.rstrip("\n") for line in process.stdout or ())
-        finally:
-            if process.poll() is None:
-                process.terminate()
-
-# %% ../../nbs/azureml/08_place.ipynb #24b3daf9
-def rest(told: list[str], lines: list[str]) -> list[str]:
-    "What of a log's `lines` has not been told; what has, stands in `told` in the same order, among other lines."
-    at = 0
-    for line in told:
-        at += at < len(lines) and line == lines[at]
-    return lines[at:]
-
-# %% ../../nbs/azureml/08_place.ipynb #6d62051d
-def kept(service: Service, id: str) -> list[list[str]]:
-    "The lines of each log that a job has left so far."
-    with tempfile.TemporaryDirectory(prefix="llmkit-logs-") as folder:
-        service.call(f"read the log of {id}", lambda c: c.jobs.download(id, download_path=folder))
-        paths = sorted(Path(folder).rglob("user_logs/*.txt"))
-        return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
 
 # %% ../../nbs/azureml/08_place.ipynb #943d36bc
 class Watching(Filing):

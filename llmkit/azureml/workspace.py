@@ -148,7 +148,8 @@ def sdk(environ: MutableMapping[str, str] = os.environ) -> Any:
 # %% ../../nbs/azureml/01_workspace.ipynb #a83432d7
 def make_client(place: Workspace, cloud: Mapping[str, Any]) -> Any:
     "An `MLClient` for a workspace; importing it takes seconds, so it happens here."
-    options: dict[str, Any] = {"enable_telemetry": False, "show_progress": False}
+    # An upload that fails is an error of the progress bar alone: without one, the SDK waits for it for ever.
+    options: dict[str, Any] = {"enable_telemetry": False, "show_progress": True}
     if cloud:
         options |= {"cloud": cloud.get("cloud", "LlmkitCloud"), "cloud_metadata": cloud["cloud_metadata"]}
         if cloud.get("certificate"):
