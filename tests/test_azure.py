@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_a_job_runs_and_comes_back(
     assert place.submit(project / "nbs" / "tiny.ipynb", params, compute="cpu", label="again") != id
 
 
+@TRACKED
 @pytest.mark.timeout(300)
 def test_two_nodes_train_with_torchrun(place: AzurePlace, project: Path, tmp_path: Path) -> None:
     """The training notebook as it is: one group of processes over both nodes, one model, a notebook a node."""
@@ -421,11 +423,11 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         AzurePlace(connect(names, start=project, patience=0.0)).list()
 
 
-def llmkit(project: Path, *words: str) -> tuple[int, str]:
+def llmkit(project: Path, *words: str, timeout: float = 120) -> tuple[int, str]:
     """Exit code and output of the command, called in the project."""
     line = [sys.executable, "-m", "llmkit.cli", *words]
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=timeout)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -530,3 +532,31 @@ def test_assets_are_registered_once(place: AzurePlace, plane: Plane, tmp_path: P
     (text / "a.txt").write_text("other")
     assert register_model(place.service, model, "llmkit") == 2
     assert ensure_data(place.service, "text", text) != data
+
+
+SMALL = {
+    "min_bytes": 0, "max_bytes": 400_000, "vocab_size": 512, "fim_examples": 400, "hidden_size": 48, "layers": 2,
+    "intermediate_size": 96, "steps": 30, "sft_steps": 10, "length": 48, "windows": 8, "window_tokens": 33,
+    "answers": 8, "max_tokens": 8, "holes": 16, "prompts": 24, "prompt_tokens": 16, "rounds": 1,
+}  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@TRACKED
+def test_the_pipeline_that_is_written_down(plane: Plane, tmp_path: Path) -> None:
+    """`llmkit pipeline azure/jobs/train_to_register.yml`, with small numbers: five jobs, and a model with a version."""
+    text = (ROOT / "azure" / "jobs" / "train_to_register.yml").read_text().replace("../..", str(ROOT))
+    for name, value in SMALL.items():
+        text, found = re.subn(rf"-p {name} \S+", f"-p {name} {value}", text)
+        assert found, name
+    (tmp_path / "line.yml").write_text(text.replace("-r bounds strict", "-r bounds smoke"))
+    assert llmkit(ROOT, "azure", "up", "cpu", "gpu-spot")[0] == 0
+    code, told = llmkit(ROOT, "pipeline", str(tmp_path / "line.yml"), "--on", "azureml", timeout=800)
+    assert code == 0, told
+    (id,) = made(AzurePlace(connect(), ROOT))
+    children = connect().call("list the steps", lambda c: [j.display_name for j in c.jobs.list(parent_job_name=id)])
+    stages = ("prepare_data", "train_model", "evaluate_model", "register_model", "optimize_model")
+    assert sorted(children) == sorted(stages)
+    folder = connect().call("read the model", lambda c: c.models.get("llmkit", "1")).path
+    assert folder
