@@ -10,9 +10,10 @@ import io
 import logging
 import os
 import re
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -139,9 +140,12 @@ def credential(tenant: str = "", cloud: Mapping[str, Any] | None = None) -> Any:
     return identity.DefaultAzureCredential(**({"additionally_allowed_tenants": [tenant]} if tenant else {}))
 
 # %% ../../nbs/azureml/01_workspace.ipynb #efd16ba0
-def sdk(environ: MutableMapping[str, str] = os.environ) -> Any:
+def sdk(
+    environ: MutableMapping[str, str] = os.environ,
+    known: Container[str] = sys.modules,  # what has been imported
+) -> Any:
     "The SDK, which takes seconds to import."
-    if environ.get("LLMKIT_AZURE_CLOUD"):
+    if environ.get("LLMKIT_AZURE_CLOUD") and "azure.ai.ml" not in known:
         environ.pop("AZUREML_CURRENT_CLOUD", None)
     return require("azure.ai.ml", "azure")
 
