@@ -490,6 +490,7 @@ def test_a_pipeline_and_a_schedule_from_files(place: AzurePlace, project: Path, 
     id = place.send_file(line)
     assert place.send_file(line) == id and made(place) == {id}
     assert ended(place, id).state == "finished", list(place.logs(id))
+    assert sorted(line.split(";")[0] for line in place.logs(id)) == ["count: Completed", "write: Completed"]
     found = place.fetch(id, tmp_path / "got")
     assert [p.read_text().strip() for p in found.rglob("b.txt")] == ["6"]
     weekly = project / "jobs" / "weekly.yml"

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .submit import state_of
 from .workspace import VARIABLES, Service, Workspace, connect
 
 # %% auto #0
-__all__ = ['stream', 'lines_of', 'rest', 'kept']
+__all__ = ['stream', 'lines_of', 'rest', 'kept', 'steps']
 
 # %% ../../nbs/azureml/07a_joblog.ipynb #c4e8ee8c
 def stream(id: str) -> None:
@@ -56,3 +57,9 @@ def kept(service: Service, id: str) -> list[list[str]]:
         service.call(f"read the log of {id}", lambda c: c.jobs.download(id, download_path=folder))
         paths = sorted(Path(folder).rglob("user_logs/*.txt"))
         return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
+
+# %% ../../nbs/azureml/07a_joblog.ipynb #1e33e248
+def steps(service: Service, id: str) -> list[str]:
+    "How the steps of a pipeline stand, a line each."
+    found = service.call(f"list the steps of {id}", lambda c: list(c.jobs.list(parent_job_name=id)))
+    return [f"{job.display_name}: {state_of(job)}; llmkit jobs logs {job.name} --on azureml" for job in found]

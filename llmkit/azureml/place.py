@@ -17,7 +17,7 @@ from typing import Any
 
 from .assets import ensure_environment, environment_name
 from .command import notebook_call
-from .joblog import kept, lines_of, rest
+from .joblog import kept, lines_of, rest, steps
 from .line import line_spec
 from .rules import gpus_of
 from .schedule import make_schedule
@@ -226,9 +226,11 @@ class Watching(Filing):
                     told.append(line)
                     yield line
             time.sleep(self.every)
-        self.job(id)  # an id that is none is an error, not an empty log
+        job = self.job(id)  # an id that is none is an error, not an empty log
         for lines in kept(self.service, id):
             yield from rest(told, lines)
+        if getattr(job, "type", "") == "pipeline":
+            yield from steps(self.service, id)
 
 # %% ../../nbs/azureml/08_place.ipynb #79800220
 class AzurePlace(Watching):

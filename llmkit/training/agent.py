@@ -134,12 +134,7 @@ def main() -> None:
     die_with_parent()
     path = Path(sys.argv[1])
     spec = json.loads(path.read_text(encoding="utf-8"))
-    code = work(spec, path)
-    if spec["nnodes"] > 1:  # node 0 and its store may be gone: torch aborts over that while the interpreter ends
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(work(spec, path))
 
 # %% ../../nbs/training/02h_agent.ipynb #40c20ca2
 #| eval: false
