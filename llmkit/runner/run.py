@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..core import errors
 from ..core.errors import DataError, LLMKitError, RunError
@@ -25,7 +25,7 @@ from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
+           'Echo', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -140,6 +140,23 @@ def job_error(job: str, name: str, text: str, notebook: Path) -> LLMKitError:
     last = f": {lines[-1].strip()}" if lines else ""
     return RunError(f"{job} failed with {name}{last}", f"open {notebook}: the cell that failed is marked")
 
+# %% ../../nbs/runner/02_run.ipynb #97d01683
+class Echo:
+    "A log that is printed too."
+
+    def __init__(self, log: TextIO) -> None:
+        self.files = (log, sys.stdout)
+
+    def write(self, text: str) -> None:
+        "Write to both."
+        for file in self.files:
+            file.write(text)
+
+    def flush(self) -> None:
+        "Let both be seen."
+        for file in self.files:
+            file.flush()
+
 # %% ../../nbs/runner/02_run.ipynb #bc8d76ae
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
@@ -169,7 +186,8 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3", "progress_bar": False}
-            papermill.execute_notebook(notebook, executed, params, **options | {"stdout_file": log, "stderr_file": log})
+            told: Any = Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
+            papermill.execute_notebook(notebook, executed, params, **options, stdout_file=told, stderr_file=told)
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
