@@ -25,7 +25,7 @@ from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'Echo', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
+           'Echo', 'heard', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -157,6 +157,12 @@ class Echo:
         for file in self.files:
             file.flush()
 
+# %% ../../nbs/runner/02_run.ipynb #358eb301
+def heard(log: TextIO) -> dict[str, Any]:
+    "Where papermill writes what the cells print: into the log, and out of this process under `LLMKIT_ECHO=1`."
+    told = Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
+    return {"stdout_file": told, "stderr_file": told}
+
 # %% ../../nbs/runner/02_run.ipynb #bc8d76ae
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
@@ -177,7 +183,6 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
             kill_group(pid)
 
     timer = threading.Timer(GRACE, stop)
-
     try:
         with (
             open(executed.parent / "log.txt", "a", encoding="utf-8") as log,
@@ -186,8 +191,7 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3", "progress_bar": False}
-            told: Any = Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
-            papermill.execute_notebook(notebook, executed, params, **options, stdout_file=told, stderr_file=told)
+            papermill.execute_notebook(notebook, executed, params, **options, **heard(log))
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
