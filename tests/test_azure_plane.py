@@ -128,6 +128,13 @@ def test_a_job_runs_and_its_outputs_come_back(plane, ml, job, tmp_path):
     assert (tmp_path / "artifacts/user_logs/std_log.txt").read_text() == "rank 0 says hello\n"
 
 
+def test_an_output_with_a_name_is_the_next_version(ml, job):
+    for version in ("1", "2"):
+        made = ml.jobs.create_or_update(job(outputs={"run": Output(type="custom_model", name="made")}))
+        assert wait(ml, made.name) == "Completed"
+        assert ml.models.get("made", label="latest").version == version
+
+
 def test_the_same_code_is_not_uploaded_again(plane, ml, job):
     first = ml.jobs.create_or_update(job())
     before = len(plane.faults.log)

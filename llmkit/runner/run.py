@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -65,6 +65,7 @@ def kernel_manager(
     from jupyter_client.manager import AsyncKernelManager
 
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv += ["--log-level=CRITICAL"]  # it would tell of every interruption
 
     class JobKernel(AsyncKernelManager):
         @property
@@ -205,7 +206,7 @@ def placed(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     return params | ({"out": str(folder)} if "out" in params else {})
 
 # %% ../../nbs/runner/02_run.ipynb #6343d79f
-def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
+def claim(folder: Path, notebook: Path, params: dict[str, Any], given: Iterable[str] = ()) -> None:
     "Mark `folder` as made by `notebook` with `params`; `RunError` if it was made with others or is finished."
     path, hint = folder / "job.json", "choose another --out, or delete the folder"
     if (folder / "result.json").exists():
@@ -218,7 +219,8 @@ def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
                 f"by {before['job']}" if before["job"] != notebook.stem else f"with other {', '.join(sorted(changed))}"
             )
             raise RunError(f"{folder} was made {what}", hint)
-    write_json(path, {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd(), "params": params})
+    job = {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd()}
+    write_json(path, job | {"params": params, "given": list(given)})
 
 # %% ../../nbs/runner/02_run.ipynb #ee1b9d0b
 def reopen(executed: Path) -> None:
@@ -271,5 +273,5 @@ def run_job(
     values = placed(check(job, params or {}, text), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        claim(folder, job, values)
+        claim(folder, job, values, params or {})
         return execute_job(folder, env)
