@@ -25,7 +25,7 @@ from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'Echo', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
+           'Echo', 'log_at', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -156,6 +156,13 @@ class Echo:
         for file in self.files:
             file.flush()
 
+# %% ../../nbs/runner/02_run.ipynb #c8bf0237
+@contextmanager
+def log_at(path: Path) -> Iterator[Any]:
+    "A log to append to, printed too where the environment says so."
+    with open(path, "a", encoding="utf-8") as log:
+        yield Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
+
 # %% ../../nbs/runner/02_run.ipynb #bc8d76ae
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
@@ -179,14 +186,13 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
 
     try:
         with (
-            open(executed.parent / "log.txt", "a", encoding="utf-8") as log,
+            log_at(executed.parent / "log.txt") as log,
             tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets,
             interruptible(stop, lambda: asked(pids, timer)),
         ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3", "progress_bar": False}
-            told: Any = Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
-            papermill.execute_notebook(notebook, executed, params, **options, stdout_file=told, stderr_file=told)
+            papermill.execute_notebook(notebook, executed, params, **options | {"stdout_file": log, "stderr_file": log})
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
