@@ -56,6 +56,8 @@ def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     options = {"delay": 0.05, "blobs": "stub"} | getattr(request, "param", {})
     with Plane(tmp_path / "plane", **options) as running:
         monkeypatch.setenv("LLMKIT_AZURE_CLOUD", str(running.cloud))
+        for name, value in running.wire.variables().items():  # the clients that are started here are watched, too
+            monkeypatch.setenv(name, value)
         yield running
 
 
@@ -297,9 +299,9 @@ def submit_alone(cloud: str, project: Path) -> None:
     nothing(AzurePlace(home=project, say=lambda line: None), project)
 
 
-def killed_at(plane: Plane, project: Path, call: int, applied: bool) -> bool:
+def killed_at(plane: Plane, project: Path, call: int, applied: bool, **which: str) -> bool:
     """Kill a client while its call number `call` is under way, or answered; whether it got that far."""
-    fault = plane.faults.add(status=0, after=call, delay=0.0 if applied else 0.5, applied=applied)
+    fault = plane.faults.add(status=0, after=call, delay=0.0 if applied else 0.5, applied=applied, **which)
     client = FORKS.Process(target=submit_alone, args=(str(plane.cloud), project))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AZUREML_CURRENT_CLOUD", raising=False)  # of this process: elsewhere the SDK cannot start with it
@@ -313,12 +315,13 @@ def killed_at(plane: Plane, project: Path, call: int, applied: bool) -> bool:
 
 
 @pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("call", [1, 5, 9, 13])
+@pytest.mark.parametrize("call", [1, 5, 9, 13, -1])  # -1: the one that makes the job
 def test_a_killed_client_can_be_run_again(
     place: AzurePlace, plane: Plane, project: Path, call: int, applied: bool
 ) -> None:
     """kill -9 between any two calls; `make soak` kills at each of them."""
-    assert killed_at(plane, project, call, applied)
+    which = {"path": "*/jobs/*", "method": "PUT"} if call < 0 else {}
+    assert killed_at(plane, project, call, applied, **which)
     assert made(place) <= {id := nothing(place, project)}
     assert made(place) == {id}
 
@@ -427,7 +430,9 @@ def test_no_credential(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def llmkit(project: Path, *words: str, timeout: float = 120) -> tuple[int, str]:
     """Exit code and output of the command, called in the project."""
     line = [sys.executable, "-m", "llmkit.cli", *words]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    places = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT)])
+    kept = {k: v for k, v in os.environ.items() if k != "AZUREML_CURRENT_CLOUD"}  # of this process
+    env = kept | {"PYTHONPATH": places, "COLUMNS": "200"}
     done = subprocess.run(line, cwd=project, env=env, capture_output=True, text=True, timeout=timeout)
     return done.returncode, done.stdout + done.stderr
 

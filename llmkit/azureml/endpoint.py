@@ -5,19 +5,17 @@
 # %% ../../nbs/azureml/04_endpoint.ipynb #6b6b39c4
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .compute import expanded, word
-from .failures import explain, passing
+from .compute import expanded
 from .preflight import sdk_load, vet
 from .sheet import read_sheet
 from .submit import write_yaml
+from .waiting import Waiting, word
 from .workspace import Service
 from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError, MissingError, ServiceError
@@ -25,7 +23,7 @@ from ..core.resilience import Deadline
 from ..serving.process import last_lines
 
 # %% auto #0
-__all__ = ['ENDS', 'LOOKS', 'percents', 'Endpoint', 'Waiting', 'loaded', 'Making', 'Deploying', 'sides', 'Shifting', 'Mirroring',
+__all__ = ['LOOKS', 'percents', 'Endpoint', 'loaded', 'Making', 'Deploying', 'sides', 'known_names', 'Shifting', 'Mirroring',
            'Keeping', 'Ending', 'EndpointBackend']
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #02217ed5
@@ -42,11 +40,18 @@ def percents(weights: Mapping[str, float]) -> dict[str, int]:
     return whole
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #c369d683
-class Endpoint:
+class Endpoint(Waiting):
     "An online endpoint, by name."
 
-    def __init__(self, service: Service, name: str, patience: float = 1800.0, every: float = 1.0) -> None:
-        self.service, self.name, self.patience, self.every = service, name, patience, every
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        patience: float = 1800.0,  # seconds that a change may take
+        every: float = 1.0,  # seconds between two looks
+    ) -> None:
+        super().__init__(service, patience, every)
+        self.name = name
 
     def find(self) -> Any:
         "The endpoint as the SDK has it; None if it is not there."
@@ -65,49 +70,9 @@ class Endpoint:
         rows = self.service.call(what, lambda c: list(c.online_deployments.list(endpoint_name=self.name)))
         return {d.name: d for d in rows}
 
-# %% ../../nbs/azureml/04_endpoint.ipynb #9923e679
-ENDS = ("succeeded", "failed", "canceled")  # states that do not change by themselves
-
-
-class Waiting(Endpoint):
-    "An endpoint with changes that take minutes."
-
-    def until(self, look: Callable[[], Any], what: str) -> Any:
-        "What `look` finds when nobody is changing it any more; None if it is not there."
-        deadline = Deadline(self.patience)
-        while (found := look()) is not None and word(found.provisioning_state) not in ENDS:
-            deadline.check(f"{what} (it is {word(found.provisioning_state)})", "look in the studio")
-            time.sleep(self.every)
-        return found
-
     def settled(self) -> Any:
         "The endpoint, when nobody is changing it any more."
         return self.until(self.get, f"the endpoint {self.name}")
-
-    def begin(self, doing: str, work: Callable[[Any], Any]) -> Any:
-        "Start something long; while another change is under way, wait for that."
-        deadline = Deadline(self.patience)
-        while True:
-            try:
-                return self.service.call(f"{doing} {self.name}", work)
-            except ServiceError as e:
-                busy = getattr(e.__cause__, "status_code", 0) == 409 and passing(e.__cause__ or e)
-                if not busy or not deadline.left:
-                    raise
-            time.sleep(self.every)
-
-    def finish(self, doing: str, work: Callable[[Any], Any]) -> None:
-        "Start something long and wait for its end; if its answer is lost, who looks afterwards sees what became of it."
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the SDK prints a dot a look
-                poller = self.begin(doing, work)
-                self.service.quietly(lambda c: poller.result())
-        except LLMKitError:
-            raise
-        except Exception as e:  # the SDK raises from six families; what is none of them goes on
-            if passing(e):
-                return
-            raise (explain(e, f"{doing} {self.name}") or e) from e
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #7a167b21
 def loaded(service: Service, path: str | Path, kind: str, over: Mapping[str, Any] | None = None) -> Any:
@@ -118,7 +83,7 @@ def loaded(service: Service, path: str | Path, kind: str, over: Mapping[str, Any
         return sdk_load(write_yaml(spec, Path(folder) / Path(path).name), kind)
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #fea663ae
-class Making(Waiting):
+class Making(Endpoint):
     "An endpoint that can be made from a file."
 
     def make(self, path: str | Path, say: Callable[[str], Any] = print) -> None:
@@ -128,7 +93,7 @@ class Making(Waiting):
             bare = {"name": self.name, "traffic": None, "mirror_traffic": None}
             entity = loaded(self.service, path, "endpoint", bare)
             try:
-                self.finish("make", lambda c: c.online_endpoints.begin_create_or_update(entity))
+                self.finish(f"make {self.name}", lambda c: c.online_endpoints.begin_create_or_update(entity))
             except LLMKitError as e:
                 if "already exist" not in e.message:
                     raise
@@ -150,7 +115,7 @@ class Deploying(Making):
         entity = loaded(self.service, path, "deployment", {"endpoint_name": self.name} | over)
         name = str(entity.name)
         try:
-            self.finish(f"deploy {name} to", lambda c: c.online_deployments.begin_create_or_update(entity))
+            self.finish(f"deploy {name} to {self.name}", lambda c: c.online_deployments.begin_create_or_update(entity))
         except ServiceError as e:
             raise ServiceError(e.message, f"its log ends: {self.tail(name)}") from e
         found = self.until(lambda: self.deployments().get(name), f"the deployment {name}")
@@ -180,6 +145,15 @@ def sides(found: Any) -> tuple[dict[str, int], dict[str, int]]:
     now, side = ({n: int(s) for n, s in group.items() if int(s)} for group in pairs)
     return now, side
 
+# %% ../../nbs/azureml/04_endpoint.ipynb #21ff57a5
+def known_names(endpoint: Endpoint, names: Iterable[str]) -> None:
+    "`ConfigError` for a name that no deployment has: the SDK would send it."
+    known = endpoint.deployments()
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) if known else "deploy it"
+            raise ConfigError(f"{endpoint.name} has no deployment {name!r}", hint)
+
 # %% ../../nbs/azureml/04_endpoint.ipynb #0693c80f
 LOOKS = 10  # at the traffic, before it is asked for again
 
@@ -193,7 +167,7 @@ class Shifting(Deploying):
 
     def put(self, traffic: Mapping[str, int] | None = None, mirror: Mapping[str, int] | None = None) -> None:
         "Set shares or mirrored traffic and wait until the service shows them."
-        self.check({**(traffic or {}), **(mirror or {})})
+        known_names(self, {**(traffic or {}), **(mirror or {})})
         deadline, looks = Deadline(self.patience), 0
         while True:
             found = self.settled()
@@ -212,15 +186,7 @@ class Shifting(Deploying):
     def shift(self, found: Any, traffic: dict[str, int], mirror: dict[str, int]) -> None:
         "Ask for shares and mirrored traffic."
         found.traffic, found.mirror_traffic = traffic, mirror
-        self.finish("move the traffic of", lambda c: c.online_endpoints.begin_create_or_update(found))
-
-    def check(self, names: Mapping[str, int]) -> None:
-        "`ConfigError` for a name that no deployment has: the SDK would send it."
-        known = self.deployments()
-        for name in names:
-            if name not in known:
-                hint = nearest(name, known) if known else "deploy it"
-                raise ConfigError(f"{self.name} has no deployment {name!r}", hint)
+        self.finish(f"move the traffic of {self.name}", lambda c: c.online_endpoints.begin_create_or_update(found))
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #45369168
 class Mirroring(Shifting):
@@ -252,11 +218,11 @@ class Keeping(Mirroring):
         if which not in ("primary", "secondary"):
             raise ConfigError(f"there is no {which!r} key", "primary or secondary")
         before = self.keys()
-        doing = f"renew the {which} key of"
+        doing = f"renew the {which} key of {self.name}"
         self.finish(doing, lambda c: c.online_endpoints.begin_regenerate_keys(self.name, key_type=which))
         at, deadline = ("primary", "secondary").index(which), Deadline(self.patience)
         while (now := self.keys())[at] == before[at]:
-            deadline.check(f"{doing} {self.name}", "look in the studio")
+            deadline.check(doing, "look in the studio")
             time.sleep(self.every)
         return now[at]
 
@@ -272,13 +238,13 @@ class Ending(Keeping):
         if deployment in side:
             self.mirror(deployment, 0)
         names = {"name": deployment, "endpoint_name": self.name}
-        self.gone(f"delete {deployment} of", lambda c: c.online_deployments.begin_delete(**names))
+        self.gone(f"delete {deployment} of {self.name}", lambda c: c.online_deployments.begin_delete(**names))
         self.until(lambda: self.deployments().get(deployment), f"deleting {deployment} of {self.name}")
 
     def delete(self) -> None:
         "Delete the endpoint with all its deployments; one that is not there is as good."
         if self.find() is not None:
-            self.gone("delete", lambda c: c.online_endpoints.begin_delete(name=self.name))
+            self.gone(f"delete {self.name}", lambda c: c.online_endpoints.begin_delete(name=self.name))
             self.until(self.find, f"deleting {self.name}")
 
     def gone(self, doing: str, work: Callable[[Any], Any]) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +25,7 @@ from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'Echo', 'log_at', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
+           'Echo', 'heard', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -65,6 +65,7 @@ def kernel_manager(
     from jupyter_client.manager import AsyncKernelManager
 
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv += ["--log-level=CRITICAL"]  # it would tell of every interruption
 
     class JobKernel(AsyncKernelManager):
         @property
@@ -156,12 +157,11 @@ class Echo:
         for file in self.files:
             file.flush()
 
-# %% ../../nbs/runner/02_run.ipynb #c8bf0237
-@contextmanager
-def log_at(path: Path) -> Iterator[Any]:
-    "A log to append to, printed too where the environment says so."
-    with open(path, "a", encoding="utf-8") as log:
-        yield Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
+# %% ../../nbs/runner/02_run.ipynb #358eb301
+def heard(log: TextIO) -> dict[str, Any]:
+    "Where papermill writes what the cells print: into the log, and out of this process under `LLMKIT_ECHO=1`."
+    told = Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
+    return {"stdout_file": told, "stderr_file": told}
 
 # %% ../../nbs/runner/02_run.ipynb #bc8d76ae
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
@@ -183,16 +183,15 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
             kill_group(pid)
 
     timer = threading.Timer(GRACE, stop)
-
     try:
         with (
-            log_at(executed.parent / "log.txt") as log,
+            open(executed.parent / "log.txt", "a", encoding="utf-8") as log,
             tempfile.TemporaryDirectory(prefix="llmkit-kernel-") as sockets,
             interruptible(stop, lambda: asked(pids, timer)),
         ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3", "progress_bar": False}
-            papermill.execute_notebook(notebook, executed, params, **options | {"stdout_file": log, "stderr_file": log})
+            papermill.execute_notebook(notebook, executed, params, **options, **heard(log))
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
@@ -211,7 +210,7 @@ def placed(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     return params | ({"out": str(folder)} if "out" in params else {})
 
 # %% ../../nbs/runner/02_run.ipynb #6343d79f
-def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
+def claim(folder: Path, notebook: Path, params: dict[str, Any], given: Iterable[str] = ()) -> None:
     "Mark `folder` as made by `notebook` with `params`; `RunError` if it was made with others or is finished."
     path, hint = folder / "job.json", "choose another --out, or delete the folder"
     if (folder / "result.json").exists():
@@ -224,7 +223,8 @@ def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
                 f"by {before['job']}" if before["job"] != notebook.stem else f"with other {', '.join(sorted(changed))}"
             )
             raise RunError(f"{folder} was made {what}", hint)
-    write_json(path, {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd(), "params": params})
+    job = {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd()}
+    write_json(path, job | {"params": params, "given": list(given)})
 
 # %% ../../nbs/runner/02_run.ipynb #ee1b9d0b
 def reopen(executed: Path) -> None:
@@ -277,5 +277,5 @@ def run_job(
     values = placed(check(job, params or {}, text), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        claim(folder, job, values)
+        claim(folder, job, values, params or {})
         return execute_job(folder, env)

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Serve the model folder that Azure ML mounted below AZUREML_MODEL_DIR (or that MODEL names), under the name that
-# LLMKIT_REVISION gives: the deployment's, so that every reply says which deployment it comes from. The endpoint in front checks the keys; probes and requests come to port 8000 from other machines.
+# LLMKIT_REVISION gives: the deployment's, so that every reply says which deployment it comes from. The endpoint in front
+# checks the keys; probes and requests come to port 8000 from other machines.
 set -eu
 model="${MODEL:-}"
 if [ -z "$model" ]; then
