@@ -299,9 +299,9 @@ def submit_alone(cloud: str, project: Path) -> None:
     nothing(AzurePlace(home=project, say=lambda line: None), project)
 
 
-def killed_at(plane: Plane, project: Path, call: int, applied: bool) -> bool:
+def killed_at(plane: Plane, project: Path, call: int, applied: bool, **which: str) -> bool:
     """Kill a client while its call number `call` is under way, or answered; whether it got that far."""
-    fault = plane.faults.add(status=0, after=call, delay=0.0 if applied else 0.5, applied=applied)
+    fault = plane.faults.add(status=0, after=call, delay=0.0 if applied else 0.5, applied=applied, **which)
     client = FORKS.Process(target=submit_alone, args=(str(plane.cloud), project))
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("AZUREML_CURRENT_CLOUD", raising=False)  # of this process: elsewhere the SDK cannot start with it
@@ -315,12 +315,13 @@ def killed_at(plane: Plane, project: Path, call: int, applied: bool) -> bool:
 
 
 @pytest.mark.parametrize("applied", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("call", [1, 5, 9, 13])
+@pytest.mark.parametrize("call", [1, 5, 9, 13, -1])  # -1: the one that makes the job
 def test_a_killed_client_can_be_run_again(
     place: AzurePlace, plane: Plane, project: Path, call: int, applied: bool
 ) -> None:
     """kill -9 between any two calls; `make soak` kills at each of them."""
-    assert killed_at(plane, project, call, applied)
+    which = {"path": "*/jobs/*", "method": "PUT"} if call < 0 else {}
+    assert killed_at(plane, project, call, applied, **which)
     assert made(place) <= {id := nothing(place, project)}
     assert made(place) == {id}
 

@@ -64,7 +64,7 @@ def measurements(row: RequestRow) -> list[tuple[str, float, dict[str, Any]]]:
 
 # %% ../../nbs/monitoring/01a_traces.ipynb #55cc8a53
 def make_span(tracer: Any, row: RequestRow, run: str = "") -> None:
-    "The span of a request that has ended."
+    "The span of a request that has ended; it names the run itself, as Application Insights drops what a resource says."
     from opentelemetry.trace import SpanKind, Status, StatusCode
 
     found, start = span_attributes(row) | ({"llmkit.run_id": run} if run else {}), int(row.time * 1e9)
@@ -105,8 +105,7 @@ class Telemetry:
             n: meter.create_histogram(n, unit, explicit_bucket_boundaries_advisory=bounds)
             for n, (unit, bounds) in MEASURES.items()
         }
-        self._run = run  # in each span too: Application Insights leaves out what the resource says
-        self.dropped, self._queue = 0, queue.Queue[RequestRow | None](capacity)
+        self.dropped, self._run, self._queue = 0, run, queue.Queue[RequestRow | None](capacity)
         self._thread = threading.Thread(target=self._work, name="telemetry", daemon=True)
         self._thread.start()
 
