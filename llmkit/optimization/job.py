@@ -5,12 +5,14 @@
 # %% ../../nbs/optimization/12_job.ipynb #08f7ec70
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge
 
 from ..core.config import Config
+from .choose import parse_budget
+from .export import recipe
 
 # %% auto #0
 __all__ = ['OptimizeJob']
@@ -23,8 +25,12 @@ class OptimizeJob(Config):
     out: str = ""  # run folder; empty for a temporary one
     data: str = ""  # folder of prepared data; empty for a tiny one
     model: str = ""  # model folder, to which the variants are added; empty for one trained in seconds
-    quality_budget: Annotated[float, Ge(0)] = 0.01  # relative increase of perplexity that a variant may cost
-    windows: Annotated[int, Ge(1)] = 8  # held-out windows for the perplexity
+    variants: list[str] = field(default_factory=lambda: ["fp32", "int4", "w8a8"])  # to be made
+    budget: str = "perplexity +1%"  # quality that a variant may cost
+    purpose: Literal["latency", "throughput", "memory"] = "throughput"  # what the best is chosen for
+    price: Annotated[float, Ge(0)] = 0.0  # of this machine, an hour; 0 leaves costs out
+    calibration: Annotated[int, Ge(1)] = 32  # windows for variants that are calibrated
+    windows: Annotated[int, Ge(5)] = 8  # held-out windows for the perplexity
     window_tokens: Annotated[int, Ge(2)] = 33  # length of a window, the first token only read
     rounds: Annotated[int, Ge(1)] = 1  # of the speed measurement
     prompts: Annotated[int, Ge(20)] = 24  # held-out prompts for the profile of predictions
@@ -32,6 +38,12 @@ class OptimizeJob(Config):
     max_tokens: Annotated[int, Ge(1)] = 8  # length of a prediction
     threads: Annotated[int, Ge(0)] = 0  # of the processor; 0 for all cores
     seed: int = 0
+
+    def validate(self) -> None:
+        "Variants and budget are known ones."
+        parse_budget(self.budget)
+        for name in self.variants:
+            recipe(name)
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:
@@ -41,5 +53,5 @@ class OptimizeJob(Config):
     @classmethod
     def quickstart(cls, **over: Any) -> Self:
         "A model of a few million parameters on two cores."
-        sizes = {"windows": 64, "window_tokens": 129, "rounds": 5, "prompts": 160, "prompt_tokens": 0}
-        return cls(**(sizes | {"max_tokens": 32} | over))
+        sizes = {"windows": 64, "window_tokens": 129, "rounds": 3, "calibration": 128}
+        return cls(**(sizes | {"prompts": 160, "prompt_tokens": 0, "max_tokens": 32} | over))
