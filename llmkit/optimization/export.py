@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from unittest.mock import patch
 
 from ..core.card import check_model_folder, revision
@@ -22,11 +25,31 @@ from ..engine.runners import FORMAT, LOGITS_AT, MADE_FROM
 from .products import join_products
 
 # %% auto #0
-__all__ = ['Precision', 'check_shape', 'builder', 'is_output_layer', 'build_graph', 'rewriting', 'choose_positions', 'replacing',
-           'export_onnx']
+__all__ = ['RECIPES', 'Recipe', 'recipe', 'check_shape', 'builder', 'is_output_layer', 'build_graph', 'rewriting',
+           'choose_positions', 'replacing', 'fp32_graph', 'rewritten', 'export_onnx', 'made_from', 'ensure_variant']
 
 # %% ../../nbs/optimization/01_export.ipynb #a0ca68c4
-Precision = Literal["fp32", "int4", "w8a8"]
+@dataclass(frozen=True)
+class Recipe:
+    "How a variant is made from the fp32 graph."
+
+    about: str
+    rewrite: str = ""  # MODULE:FUNCTION in llmkit.optimization, called with the graph; empty leaves it as it is
+    calibrated: bool = False  # the function is also given the fp32 graph's folder and windows of token ids
+
+
+RECIPES = {
+    "fp32": Recipe("the original's weights as one graph"),
+    "int4": Recipe("weights in four bits, attention's in eight", "int4:rewrite_int4"),
+    "w8a8": Recipe("weights and activations in eight bits", "quantize:rewrite_w8a8"),
+}
+
+
+def recipe(name: str) -> Recipe:
+    "The recipe of a variant; `ConfigError` if there is none."
+    if name not in RECIPES:
+        raise ConfigError(f"there is no variant {name!r}", f"known ones are {', '.join(RECIPES)}")
+    return RECIPES[name]
 
 # %% ../../nbs/optimization/01_export.ipynb #930adf57
 def check_shape(
@@ -118,22 +141,54 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh)
 
 # %% ../../nbs/optimization/01_export.ipynb #539b8ae9
+def fp32_graph(folder: Path, target: Path) -> None:
+    "Write the fp32 graph of the model in `folder` to `target`: a copy of the exported one if that is current."
+    made = folder / "variants" / "fp32" / MADE_FROM
+    if made.is_file() and read_json(made) == {"revision": revision(folder), "format": FORMAT, "precision": "fp32"}:
+        shutil.copytree(made.parent, target, dirs_exist_ok=True)
+        (target / MADE_FROM).unlink()
+    else:
+        build_graph(folder, target)
+
+
+def rewritten(made: Recipe, fresh: Path, windows: Any) -> None:
+    "Change the fp32 graph in `fresh` as a recipe says."
+    if made.rewrite:
+        module, _, function = made.rewrite.partition(":")
+        call = getattr(import_module(f"llmkit.optimization.{module}"), function)
+        with rewriting(fresh / "model.onnx") as graph:
+            call(graph, fresh, windows) if made.calibrated else call(graph)
+
+# %% ../../nbs/optimization/01_export.ipynb #9e40ba93
 def export_onnx(
     model_folder: str | Path,
-    precision: Precision,
+    name: str,  # of a recipe
+    windows: Any = None,  # token ids [n, length] to calibrate with, for recipes that need them
 ) -> Path:
-    "Export a model to `model_folder/variants/<precision>` and return that folder; an older one is replaced."
-    from llmkit.optimization.int4 import rewrite_int4
-    from llmkit.optimization.quantize import rewrite_w8a8
-
-    folder = check_model_folder(model_folder)
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision = {precision!r} is not known", f"use one of {', '.join(get_args(Precision))}")
-    target = folder / "variants" / precision
+    "Export a model to `model_folder/variants/<name>` and return that folder; an older one is replaced."
+    folder, made = check_model_folder(model_folder), recipe(name)
+    if made.calibrated and windows is None:
+        raise ConfigError(f"{name} is calibrated on text, and there is none", "give windows of token ids")
+    target = folder / "variants" / name
     with replacing(target) as fresh:
-        build_graph(folder, fresh)
-        if precision != "fp32":
-            with rewriting(fresh / "model.onnx") as graph:
-                (rewrite_int4 if precision == "int4" else rewrite_w8a8)(graph)
-        write_json(fresh / MADE_FROM, {"revision": revision(folder), "format": FORMAT, "precision": precision})
+        fp32_graph(folder, fresh)
+        rewritten(made, fresh, windows)
+        write_json(fresh / MADE_FROM, made_from(folder, name, windows))
     return target
+
+# %% ../../nbs/optimization/01_export.ipynb #ab1e1aea
+def made_from(folder: Path, name: str, windows: Any = None) -> dict[str, Any]:
+    "What a variant is made from."
+    found = {"revision": revision(folder), "format": FORMAT, "precision": name}
+    if recipe(name).calibrated:
+        found["calibration"] = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
+    return found
+
+
+def ensure_variant(model_folder: str | Path, name: str, windows: Any = None) -> Path:
+    "The folder of a variant, exported if it is not there or was made from something else."
+    folder = Path(model_folder)
+    path = folder / "variants" / name / MADE_FROM
+    if path.is_file() and read_json(path) == made_from(folder, name, windows):
+        return path.parent
+    return export_onnx(folder, name, windows)
