@@ -164,7 +164,8 @@ def load_causal(folder: str | Path, device: str) -> Any:
     "The model of a folder on `device`, ready to infer; nothing is ever downloaded."
     place, dtype = pick_device(device)
     kw = {"dtype": dtype, "local_files_only": True, "attn_implementation": "sdpa"}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **kw).to(place).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **kw)
+    model = model.to(place).eval()
     if place == "cuda" and has_triton() and type(model)._supports_attention_backend:
         use_decode_attention(model)
     return model
