@@ -23,7 +23,7 @@ from .decode_attention import use_decode_attention
 from .graphs import StepGraphs, cuda_record
 from .runners import Capabilities
 from .torch_cache import RowCache, RowMemory, Span, read_block, write_block
-from ..kernels.launch import has_triton
+from ..kernels.launch import able
 
 # %% auto #0
 __all__ = ['torch_threads', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters', 'load_causal', 'TorchSlots',
@@ -166,7 +166,7 @@ def load_causal(folder: str | Path, device: str) -> Any:
     kw = {"dtype": dtype, "local_files_only": True, "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **kw)
     model = model.to(place).eval()
-    if place == "cuda" and has_triton() and type(model)._supports_attention_backend:
+    if able(model.device) and type(model)._supports_attention_backend:
         use_decode_attention(model)
     return model
 
