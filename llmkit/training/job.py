@@ -121,6 +121,7 @@ class TrainJob(FineTuning):
 
     def validate(self) -> None:
         "One process is strategy single, several are one of the others; several nodes meet in a folder."
+        super().validate()
         self.check_adapter(self.strategy)
         processes = self.nproc * self.nnodes
         if (self.strategy == "single") != (processes == 1):
