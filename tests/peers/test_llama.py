@@ -58,7 +58,7 @@ def foreign(digits, whole):
     return make_tokenizer(backend)
 
 shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-shape |= dict(max_position_embeddings=512, vocab_size=512, initializer_range=0.2, eos_token_id=[0, 4], bos_token_id=None)
+shape |= dict(max_position_embeddings=512, vocab_size=512, initializer_range=0.2, eos_token_id=[0, 4])
 rope = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 rope |= dict(original_max_position_embeddings=128)
 torch.manual_seed(0)
