@@ -36,11 +36,11 @@ from tokenizers import Tokenizer
 
 class Model:
     def __init__(self, folder=Path(__file__).parent, threads=0):
+        self.facts = json.loads(Path(folder, "model.json").read_text())
+        self.tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         self.session = ort.InferenceSession(Path(folder, "model.onnx"), options, ["CPUExecutionProvider"])
-        self.tokenizer = Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-        self.facts = json.loads(Path(folder, "model.json").read_text())
 """
 
 # %% ../../nbs/optimization/08_edge.ipynb #7a8e2fcb

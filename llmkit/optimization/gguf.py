@@ -217,13 +217,13 @@ def fill(path: Path, folder: Path, found: list[Weight], kind: str) -> None:
     write_shape(writer, config)
     write_vocabulary(writer, folder, config["vocab_size"])
     factors = rope_factors(config)
-    if factors is not None:
-        found = [Weight(path, "", "rope_freqs.weight", [len(factors)], "F32"), *found]
+    extra = {} if factors is None else {"rope_freqs.weight": factors}
+    found = [*(Weight(path, "", to, [len(a)], "F32") for to, a in extra.items()), *found]
     for w in found:
         to = gguf.GGMLQuantizationType[w.kind]
         writer.add_tensor_info(w.to, w.shape, np.dtype(np.float32), w.bytes, raw_dtype=to)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
         step()
     for w in track(found, "tensor"):
-        writer.write_tensor_data(encoded(w, config) if w.name else factors)
+        writer.write_tensor_data(extra[w.to] if w.to in extra else encoded(w, config))
     writer.close()
