@@ -13,8 +13,7 @@ import numpy as np
 
 from ..core.progress import Progress
 from ..models.config import ModelConfig
-from ..optimization.export import demand_room
-from ..optimization.footprint import peak_bytes
+from ..optimization.footprint import demand_free, peak_bytes
 from ..optimization.int4 import block_of, quantize
 
 # %% auto #0
@@ -43,14 +42,14 @@ def write_matrix(f: BinaryIO, matrix: Matrix, rng: np.random.Generator) -> None:
     "Draw a matrix, quantize it, append its constants to a file."
     inputs, outputs, bits = matrix
     weight = rng.standard_normal((inputs, outputs), dtype=np.float32)
-    for part in quantize(weight, bits, block_of(bits, inputs)).values():
-        f.write(part.tobytes())
+    for name, part in quantize(weight, bits, block_of(bits, inputs)).items():
+        f.write(part.astype(np.float16 if name == "s" else part.dtype).tobytes())
 
 # %% ../../nbs/benchmarks/20_layers.ipynb #83265b32
 def write_layers(shape: ModelConfig, path: str | Path, seed: int = 0) -> dict[str, Any]:
     "Write the int4 constants of a model of `shape` to a file; `bytes` of it and `peak_bytes` of this process."
     path, rng, layers = Path(path), np.random.default_rng(seed), list(matrices(shape))
-    demand_room(path.parent, sum(i * o * bits // 8 * 5 // 4 for layer in layers for i, o, bits in layer))
+    demand_free(path.parent, sum(i * o * bits // 8 * 5 // 4 for layer in layers for i, o, bits in layer))
     progress, head = Progress("layer", len(layers)), shape.head_dim or shape.hidden_size // shape.heads
     with open(path, "wb") as f:
         for done, layer in enumerate(layers, 1):

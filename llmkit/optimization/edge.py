@@ -19,7 +19,8 @@ from ..core.card import check_model_folder
 from ..core.errors import ConfigError, ModelError, RunError
 from ..core.run import read_json, write_json
 from ..engine.runners import eos_ids, variant_folder
-from .export import demand_room, replacing
+from .export import replacing
+from .footprint import demand_free
 from .gguf import write_gguf
 
 # %% auto #0
@@ -194,7 +195,7 @@ def write_edge(
     files = [*sorted(made.glob("model.onnx*")), folder / "tokenizer.json"]
     if missing := [p for p in files if not p.is_file()]:
         raise ModelError(f"{missing[0]} is missing", "save the model's tokenizer in the fast format")
-    demand_room(target.parent, sum(p.stat().st_size for p in files) + (1 << 20))
+    demand_free(target.parent, sum(p.stat().st_size for p in files) + (1 << 20))
     with replacing(target) as fresh:
         for path in files:
             shutil.copy(path, fresh / path.name)

@@ -19,15 +19,14 @@ from typing import Any
 from unittest.mock import patch
 
 from ..core.card import check_model_folder, revision
-from ..core.errors import ConfigError, ModelError, RunError, require
+from ..core.errors import ConfigError, ModelError, require
 from ..core.run import read_json, write_json
 from ..engine.runners import FORMAT, LOGITS_AT, MADE_FROM
-from .products import join_products
+from .products import halve_scales, join_products
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'recipe', 'check_shape', 'builder', 'is_output_layer', 'build_graph', 'rewriting',
-           'choose_positions', 'replacing', 'demand_room', 'fp32_graph', 'rewritten', 'export_onnx', 'made_from',
-           'ensure_variant']
+           'choose_positions', 'replacing', 'fp32_graph', 'rewritten', 'export_onnx', 'made_from', 'ensure_variant']
 
 # %% ../../nbs/optimization/01_export.ipynb #a0ca68c4
 @dataclass(frozen=True)
@@ -141,15 +140,6 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh)
 
-# %% ../../nbs/optimization/01_export.ipynb #64ff2180
-def demand_room(folder: Path, needed: int) -> None:
-    "`RunError` if the disk that `folder` will be on has fewer than `needed` bytes free."
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        hint = "make room, or choose a place on another disk"
-        raise RunError(f"{needed:,} bytes are needed and {free:,} are free at {there}", hint)
-
 # %% ../../nbs/optimization/01_export.ipynb #539b8ae9
 def fp32_graph(folder: Path, target: Path) -> None:
     "Write the fp32 graph of the model in `folder` to `target`: a copy of the exported one if that is current."
@@ -168,6 +158,7 @@ def rewritten(made: Recipe, fresh: Path, windows: Any) -> None:
         call = getattr(import_module(f"llmkit.optimization.{module}"), function)
         with rewriting(fresh / "model.onnx") as graph:
             call(graph, fresh, windows) if made.calibrated else call(graph)
+            halve_scales(graph)
 
 # %% ../../nbs/optimization/01_export.ipynb #9e40ba93
 def export_onnx(

@@ -18,7 +18,7 @@ from ..core.card import check_model_folder
 from ..core.errors import ConfigError, ModelError, require
 from ..core.progress import track
 from ..core.run import read_json
-from .export import demand_room
+from .footprint import demand_free
 from .vocabulary import write_vocabulary
 
 # %% auto #0
@@ -196,7 +196,7 @@ def write_gguf(
         raise ModelError(f"{folder} has no tokenizer.json", "save its tokenizer beside it")
     family(read_json(folder / "config.json"))
     found = list(weights_of(folder, kind))
-    demand_room(target.parent, sum(w.bytes + 64 for w in found) + 3 * (folder / "tokenizer.json").stat().st_size)
+    demand_free(target.parent, sum(w.bytes + 64 for w in found) + 3 * (folder / "tokenizer.json").stat().st_size)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     try:

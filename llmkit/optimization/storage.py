@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from ..core.errors import ConfigError, DataError, RunError
 from ..core.run import read_json, write_json
-from .export import demand_room, replacing
+from .export import replacing
+from .footprint import demand_free
 
 # %% auto #0
 __all__ = ['BLOCK', 'safetensors_cuts', 'onnx_cuts', 'cuts', 'blocks', 'Piece', 'pieces', 'Objects', 'Assembly', 'Manifests',
@@ -172,7 +173,7 @@ class Store(Manifests):
     def restore(self, name: str, target: str | Path) -> Path:
         "Make a folder anew, every piece checked against its hash; it appears whole or not at all."
         files = self.files(name)
-        demand_room(Path(target).parent, sum(f["bytes"] for f in files.values()))
+        demand_free(Path(target).parent, sum(f["bytes"] for f in files.values()))
         with replacing(Path(target)) as fresh:
             for relative, file in files.items():
                 (fresh / relative).parent.mkdir(parents=True, exist_ok=True)
