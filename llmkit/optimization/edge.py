@@ -208,9 +208,11 @@ def write_edge(
 # %% ../../nbs/optimization/08_edge.ipynb #0fc885bc
 PEAK = """
 import re, time
+def held(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 def peak():
     try:
-        return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+        return held("VmHWM")
     except OSError:  # not Linux
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -228,7 +230,8 @@ first = time.time()
 n = sum(1 for _ in tokens)
 rate = n / max(time.time() - first, 1e-9)
 times = {"first_token_s": first - float(sys.argv[5]), "tokens_per_s": rate}
-print(json.dumps(times | {"peak_bytes": peak(), "packages_bytes": packages, "empty_bytes": empty}))
+own = held("RssAnon") if sys.platform == "linux" else peak()
+print(json.dumps(times | {"peak_bytes": peak(), "own_bytes": own, "packages_bytes": packages, "empty_bytes": empty}))
 """
 
 
@@ -238,7 +241,8 @@ def measure_edge(
     tokens: int = 65,
     threads: int = 0,  # 0 for all cores
 ) -> dict[str, float]:
-    "`bytes` of the graph, `first_token_s` from a process's start, `tokens_per_s`, `peak_bytes` and `empty_bytes`."
+    """`bytes` of the graph, `first_token_s` from a process's start, `tokens_per_s`, memory: `peak_bytes`, of which in the
+    end no file holds `own_bytes`, the `empty_bytes` of Python by itself and the `packages_bytes` of it with its imports."""
     size = sum(p.stat().st_size for p in Path(folder).glob("model.onnx*"))
     words = [sys.executable, "-c", PEAK + CHILD, str(folder), prompt, str(tokens), str(threads), repr(time.time())]
     done = subprocess.run(words, capture_output=True, text=True)

@@ -116,11 +116,16 @@ def halve_scales(graph: Any) -> None:
     from onnx.helper import make_node
     from onnx.numpy_helper import from_array, to_array
 
-    scales = {n.input[2] for n in graph.node if n.op_type in ("MatMulNBits", "GatherBlockQuantized")}
-    for held in [i for i in graph.initializer if i.name in scales and i.data_type == TensorProto.FLOAT]:
-        scale, name = to_array(held), f"{held.name}16"
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            readers.setdefault(node.input[2], []).append(node)
+    for held in [i for i in graph.initializer if i.name in readers and i.data_type == TensorProto.FLOAT]:
+        scale, cast = to_array(held), f"{held.name}.cast"
         with np.errstate(over="ignore"):
             half = scale.astype(np.float16)
         if np.allclose(half.astype(np.float32), scale, rtol=2**-10, atol=1e-4 * np.abs(scale).max()):
-            graph.node.insert(0, make_node("Cast", [name], [held.name], to=TensorProto.FLOAT))
-            held.CopyFrom(from_array(half, name))
+            graph.node.insert(0, make_node("Cast", [held.name], [cast], to=TensorProto.FLOAT))
+            for node in readers[held.name]:
+                node.input[2] = cast
+            held.CopyFrom(from_array(half, held.name))
