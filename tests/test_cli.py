@@ -41,6 +41,7 @@ def refused(done: Done, *parts: str, code: int = 2) -> None:
         (["run", "train_model", "-p", "lr", "-1"], ["lr = -1", "must be above 0"]),
         (["run", "train_model", "-p", "lr"], ["'lr'"]),
         (["serve", "model=nothing"], ["nothing"]),
+        (["edge", "nothing", "--out", "small"], ["nothing is not a model folder", "config.json"]),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) and v and not v[0].startswith(("no ", "did")) else "",
 )

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from .environment import make_environment, run_command
 from ..core.errors import MissingError
+from ..optimization.gguf import write_gguf
 
 # %% auto #0
-__all__ = ['LLAMA', 'TARGETS', 'FLAGS', 'SHAPE', 'TOKENS', 'WEIGHTS', 'fetch_sources', 'build_llama', 'write_gguf', 'parse_bench',
-           'bench_llama']
+__all__ = ['LLAMA', 'TARGETS', 'FLAGS', 'fetch_sources', 'build_llama', 'quantized_gguf', 'parse_bench', 'bench_llama']
 
 # %% ../../nbs/benchmarks/02a_gguf.ipynb #37eb30c4
 LLAMA = "llama-cpp-python==0.3.36"  # whose source package holds llama.cpp
@@ -53,85 +53,18 @@ def build_llama(
         run_command(["cmake", "--build", build, "-j", jobs, "--target", *TARGETS], seconds)
     return build / "bin"
 
-# %% ../../nbs/benchmarks/02a_gguf.ipynb #a33b8c54
-SHAPE = """
-import json, sys
-from pathlib import Path
-import gguf, numpy as np
-from safetensors.numpy import load_file
-
-folder, target = Path(sys.argv[1]), sys.argv[2]
-c = json.loads((folder / "config.json").read_text())
-heads, kv = c["num_attention_heads"], c["num_key_value_heads"]
-w = gguf.GGUFWriter(target, "llama")
-w.add_context_length(c["max_position_embeddings"])
-w.add_embedding_length(c["hidden_size"])
-w.add_block_count(c["num_hidden_layers"])
-w.add_feed_forward_length(c["intermediate_size"])
-w.add_head_count(heads)
-w.add_head_count_kv(kv)
-w.add_layer_norm_rms_eps(c["rms_norm_eps"])
-w.add_rope_dimension_count(c["hidden_size"] // heads)
-w.add_rope_freq_base((c.get("rope_parameters") or c)["rope_theta"])
-w.add_vocab_size(c["vocab_size"])
-w.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-"""
-
-# %% ../../nbs/benchmarks/02a_gguf.ipynb #8290f3ee
-TOKENS = """
-t = json.loads((folder / "tokenizer.json").read_text())
-special = {a["content"]: a["id"] for a in t["added_tokens"]}
-names = {i: n for n, i in (dict(t["model"]["vocab"]) | special).items()}
-kind = lambda i: gguf.TokenType.CONTROL if names[i] in special else gguf.TokenType.NORMAL
-w.add_tokenizer_model("gpt2")
-w.add_tokenizer_pre("smollm")  # digits one by one, then byte-level BPE, as in ours
-w.add_token_list([names.get(i, f"<unused{i}>") for i in range(c["vocab_size"])])
-w.add_token_types([kind(i) if i in names else gguf.TokenType.UNUSED for i in range(c["vocab_size"])])
-w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in t["model"]["merges"]])
-w.add_bos_token_id(0)
-w.add_eos_token_id(0)
-w.add_add_bos_token(False)
-"""
-
-# %% ../../nbs/benchmarks/02a_gguf.ipynb #fd0eb302
-WEIGHTS = """
-PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-ENDS = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-for path in sorted(folder.glob("*.safetensors")):
-    for name, value in load_file(path).items():
-        to = ENDS.get(name)
-        if name.startswith("model.layers."):
-            _, _, layer, rest = name.split(".", 3)
-            to = f"blk.{layer}.{PARTS[rest.removesuffix('.weight')]}.weight"
-        if to is None:
-            continue  # the output layer, which is the embedding
-        if "attn_q" in to or "attn_k" in to:
-            n, rows = heads if "attn_q" in to else kv, value.shape[0]
-            value = value.reshape(n, 2, rows // n // 2, -1).swapaxes(1, 2).reshape(value.shape)
-        w.add_tensor(to, np.ascontiguousarray(value.astype(np.float32 if value.ndim == 1 else np.float16)))
-w.write_header_to_file()
-w.write_kv_data_to_file()
-w.write_tensors_to_file()
-w.close()
-"""
-
 # %% ../../nbs/benchmarks/02a_gguf.ipynb #7ff5dd9a
-def write_gguf(
+def quantized_gguf(
     model_folder: str | Path,
-    target: str | Path,  # the file to write, quantized
-    cache: str | Path,  # the folder with the environments
+    target: str | Path,  # the file to write
     programs: Path,  # of llama.cpp
     kind: str = "Q4_0",
 ) -> Path:
     "A model folder as a quantized GGUF file, made once."
     target = Path(target).resolve()
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        python = make_environment(Path(cache) / "gguf", ["gguf", "numpy", "safetensors"]) / "bin" / "python"
         whole, part = target.with_suffix(".f16"), target.with_suffix(".part")
-        run_command([python, "-c", SHAPE + TOKENS + WEIGHTS, Path(model_folder).resolve(), whole], 300)
+        write_gguf(model_folder, whole, "fp16")
         run_command([programs / "llama-quantize", whole, part, kind, "2"], 600)
         whole.unlink()
         part.rename(target)

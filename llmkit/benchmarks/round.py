@@ -50,7 +50,7 @@ def get_llama(bench: Bench) -> None:
     "Build llama.cpp and write the model for it."
     cache = Path(bench.cfg.cache).resolve()
     bench.programs = gguf.build_llama(cache / "llama.cpp")
-    bench.weights = gguf.write_gguf(bench.folder, cache / f"{bench.cfg.size}.gguf", cache, bench.programs)
+    bench.weights = gguf.quantized_gguf(bench.folder, cache / f"{bench.cfg.size}.gguf", bench.programs)
     room = bench.work.request + bench.work.reply + 32
     bench.servers.append(peers.llama_server(bench.programs, bench.weights, bench.cfg.cores(), room))
 

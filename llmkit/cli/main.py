@@ -26,6 +26,7 @@ COMMANDS = {
     "plan": ("llmkit.cli.plan:plan_command", "Say what a training run on GPUs will take, before it is paid for."),
     "train": ("llmkit.cli.train:train", "Train a model, on one process or many."),
     "optimize": ("llmkit.cli.optimize:optimize", "Make variants of a model, measure them on your text, choose."),
+    "edge": ("llmkit.cli.edge:edge", "Make one folder that answers by itself, and a file for llama.cpp."),
     "compare": ("llmkit.cli.commands:compare", "Compare two evaluated models, document by document."),
     "serve": ("llmkit.cli.serve:serve", "Serve models through an OpenAI-compatible API."),
     "demo": ("llmkit.demos.chat:chat", "Open a chat in the browser over a served model."),

@@ -22,7 +22,7 @@ from ..core.card import check_model_folder, revision
 from ..core.errors import ConfigError, ModelError, require
 from ..core.run import read_json, write_json
 from ..engine.runners import FORMAT, LOGITS_AT, MADE_FROM
-from .products import join_products
+from .products import halve_scales, join_products
 
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'recipe', 'check_shape', 'builder', 'is_output_layer', 'build_graph', 'rewriting',
@@ -158,6 +158,7 @@ def rewritten(made: Recipe, fresh: Path, windows: Any) -> None:
         call = getattr(import_module(f"llmkit.optimization.{module}"), function)
         with rewriting(fresh / "model.onnx") as graph:
             call(graph, fresh, windows) if made.calibrated else call(graph)
+            halve_scales(graph)
 
 # %% ../../nbs/optimization/01_export.ipynb #9e40ba93
 def export_onnx(

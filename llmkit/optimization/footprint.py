@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from ..core.errors import RunError
 
 # %% auto #0
-__all__ = ['CHILD', 'variant_path', 'weight_files', 'weight_bytes', 'peak_bytes', 'footprint']
+__all__ = ['CHILD', 'variant_path', 'weight_files', 'weight_bytes', 'demand_free', 'peak_bytes', 'footprint']
 
 # %% ../../nbs/optimization/07b_footprint.ipynb #fb75aff4
 def variant_path(name: str) -> str:
@@ -32,6 +33,15 @@ def weight_files(folder: str | Path, name: str) -> list[Path]:
 def weight_bytes(folder: str | Path, name: str) -> int:
     "Bytes of a variant's graph and weights."
     return sum(p.stat().st_size for p in weight_files(folder, name))
+
+# %% ../../nbs/optimization/07b_footprint.ipynb #827034a2
+def demand_free(folder: Path, needed: int) -> None:
+    "`RunError` if the disk that `folder` will be on has fewer than `needed` bytes free."
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        hint = "make room, or choose a place on another disk"
+        raise RunError(f"{needed:,} bytes are needed and {free:,} are free at {there}", hint)
 
 # %% ../../nbs/optimization/07b_footprint.ipynb #7a79cd42
 def peak_bytes() -> int:

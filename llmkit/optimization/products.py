@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 # %% auto #0
-__all__ = ['Product', 'products', 'Lookup', 'lookup', 'Parts', 'replace', 'joined', 'join_products']
+__all__ = ['Product', 'products', 'Lookup', 'lookup', 'Parts', 'replace', 'joined', 'join_products', 'halve_scales']
 
 # %% ../../nbs/optimization/01a_products.ipynb #0c15ac26
 @dataclass(slots=True)
@@ -108,3 +108,24 @@ def join_products(graph: Any) -> None:
         groups.setdefault(product.x, []).append(product)
     several = [g for g in groups.values() if len(g) > 1]
     replace(graph, {g[0].out: joined(g, [to_array(held[p.weight]) for p in g]) for g in several})
+
+# %% ../../nbs/optimization/01a_products.ipynb #475de05f
+def halve_scales(graph: Any) -> None:
+    "Store the scales of an ONNX graph's quantized blocks in 16 bits, in place."
+    from onnx import TensorProto
+    from onnx.helper import make_node
+    from onnx.numpy_helper import from_array, to_array
+
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            readers.setdefault(node.input[2], []).append(node)
+    for held in [i for i in graph.initializer if i.name in readers and i.data_type == TensorProto.FLOAT]:
+        scale, cast = to_array(held), f"{held.name}.cast"
+        with np.errstate(over="ignore"):
+            half = scale.astype(np.float16)
+        if np.allclose(half.astype(np.float32), scale, rtol=2**-10, atol=1e-4 * np.abs(scale).max()):
+            graph.node.insert(0, make_node("Cast", [held.name], [cast], to=TensorProto.FLOAT))
+            for node in readers[held.name]:
+                node.input[2] = cast
+            held.CopyFrom(from_array(half, held.name))

@@ -8,18 +8,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.errors import DataError, RunError
+from ..core.errors import ConfigError, DataError, RunError
 from ..core.run import read_json, write_json
 from .export import replacing
+from .footprint import demand_free
 
 # %% auto #0
-__all__ = ['BLOCK', 'safetensors_cuts', 'onnx_cuts', 'cuts', 'blocks', 'Piece', 'pieces', 'Objects', 'Store', 'Housekeeping']
+__all__ = ['BLOCK', 'safetensors_cuts', 'onnx_cuts', 'cuts', 'blocks', 'Piece', 'pieces', 'Objects', 'Assembly', 'Manifests',
+           'Store', 'Housekeeping']
 
 # %% ../../nbs/optimization/09_storage.ipynb #cfa6e9e1
 def safetensors_cuts(path: Path) -> list[int]:
@@ -107,47 +110,42 @@ class Objects:
         part.replace(target)
         return piece.length
 
+# %% ../../nbs/optimization/09_storage.ipynb #1f362fae
+class Assembly(Objects):
+    "Pieces that become files again."
+
+    def append(self, name: str, out: BinaryIO) -> None:
+        "Write a piece to an open file; `RunError` if it is missing or damaged."
+        path, digest = self.path(name), hashlib.sha256()
+        if not path.is_file():
+            raise RunError(f"{self.folder} lacks a piece of {Path(out.name).name}", "add the folder again")
+        with open(path, "rb") as f:
+            for block in blocks(f, path.stat().st_size):
+                digest.update(block)
+                out.write(block)
+        if digest.hexdigest() != name:
+            path.unlink()
+            raise RunError(f"a piece of {Path(out.name).name} in {self.folder} is damaged", "add the folder again")
+
     def copy(self, names: Iterable[str], target: Path) -> None:
-        "Put pieces together as a file; one that is damaged is taken out, so that adding its folder again mends it."
+        "Put pieces together as a file."
         with open(target, "wb") as out:
             for name in names:
-                if not self.path(name).is_file():
-                    raise RunError(f"{self.folder} lacks a piece of {target.name}", "add the folder again")
-                digest = hashlib.sha256()
-                with open(self.path(name), "rb") as f:
-                    for block in blocks(f, self.path(name).stat().st_size):
-                        digest.update(block)
-                        out.write(block)
-                if digest.hexdigest() != name:
-                    self.path(name).unlink()
-                    raise RunError(f"a piece of {target.name} in {self.folder} is damaged", "add the folder again")
+                self.append(name, out)
 
 # %% ../../nbs/optimization/09_storage.ipynb #703ad7e7
-class Store(Objects):
-    "Folders whose equal pieces are kept once."
+class Manifests(Assembly):
+    "Which pieces make up the files of the folders that were added."
 
     def manifest(self, name: str) -> Path:
         "Where it is written down what a folder is made of."
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise ConfigError(f"a folder cannot be kept as {name!r}", "use letters, digits, dots and dashes")
         return self.folder / "manifests" / f"{name}.json"
 
     def names(self) -> list[str]:
         "The folders that were added."
         return sorted(p.stem for p in (self.folder / "manifests").glob("*.json"))
-
-    def add(self, name: str, source: str | Path) -> dict[str, int]:
-        "Keep a folder; `{'bytes', 'new'}`: its size, and what was added to the store."
-        files: dict[str, Any] = {}
-        new = 0
-        for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
-            made = list(pieces(path))
-            new += sum(self.keep(path, piece) for piece in made)
-            size = sum(piece.length for piece in made)
-            files[str(path.relative_to(source))] = {"bytes": size, "pieces": [piece.name for piece in made]}
-        if not files:
-            raise DataError(f"{source} holds no files", "give a model folder")
-        self.manifest(name).parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.manifest(name), {"files": files})
-        return {"bytes": sum(f["bytes"] for f in files.values()), "new": new}
 
     def files(self, name: str) -> dict[str, Any]:
         "What a folder is made of; `RunError` for one that is not here."
@@ -155,9 +153,27 @@ class Store(Objects):
             raise RunError(f"{self.folder} has no {name!r}", f"it has {', '.join(self.names()) or 'nothing'}")
         return read_json(self.manifest(name))["files"]
 
+# %% ../../nbs/optimization/09_storage.ipynb #7f2e9942
+class Store(Manifests):
+    "Folders whose equal pieces are kept once."
+
+    def add(self, name: str, source: str | Path) -> dict[str, int]:
+        "Keep a folder; `{'bytes', 'new'}`: its size, and what was added to the store."
+        manifest, files, new = self.manifest(name), dict[str, Any](), 0
+        for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
+            made = list(pieces(path))
+            new += sum(self.keep(path, piece) for piece in made)
+            size = sum(piece.length for piece in made)
+            files[str(path.relative_to(source))] = {"bytes": size, "pieces": [piece.name for piece in made]}
+        if not files:
+            raise DataError(f"{source} holds no files", "give a model folder")
+        write_json(manifest, {"files": files})
+        return {"bytes": sum(f["bytes"] for f in files.values()), "new": new}
+
     def restore(self, name: str, target: str | Path) -> Path:
         "Make a folder anew, every piece checked against its hash; it appears whole or not at all."
         files = self.files(name)
+        demand_free(Path(target).parent, sum(f["bytes"] for f in files.values()))
         with replacing(Path(target)) as fresh:
             for relative, file in files.items():
                 (fresh / relative).parent.mkdir(parents=True, exist_ok=True)
