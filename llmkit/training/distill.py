@@ -41,7 +41,7 @@ class Distillation(Recipe):
     "How a student learns from a teacher: a recipe of the loop, and what is the teacher's."
 
     kind: Literal["logits", "sequences"] = "logits"  # what the teacher thinks of the text, or text that it wrote
-    temperature: Annotated[float, Gt(0)] = 2.0  # logits: softens both; sequences: what the teacher draws with
+    temperature: Annotated[float, Gt(0)] = 1.0  # logits: softens both; sequences: what the teacher draws with
     hard: Annotated[float, Interval(ge=0, le=1)] = 0.25  # logits: share of the ordinary loss
     piece: Annotated[int, Ge(1)] = 1024  # logits: positions whose logits are there at once
     begin: Annotated[int, Ge(1)] = 16  # sequences: tokens of a row that the teacher is given
