@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +22,9 @@ from ..core.errors import ConfigError, MissingError, ModelError, RunError, requi
 from ..core.run import read_json, write_json
 
 # %% auto #0
-__all__ = ['Range', 'OWN_NAMES', 'INSTALL', 'PROVIDER', 'Input', 'inputs_of', 'Profile', 'EngineConfig', 'foreign', 'Where',
-           'Plan', 'plan_graph', 'plan_engine', 'shape_text', 'provider_options', 'libraries', 'this_machine',
-           'open_on_tensorrt', 'network_of', 'configured', 'build_engine']
+__all__ = ['Range', 'OWN_NAMES', 'NUMBERS', 'INSTALL', 'PROVIDER', 'Input', 'inputs_of', 'Profile', 'EngineConfig', 'foreign',
+           'number_type', 'Where', 'Plan', 'plan_graph', 'plan_engine', 'shape_text', 'provider_options', 'libraries',
+           'this_machine', 'open_on_tensorrt', 'network_of', 'configured', 'check_buildable', 'build_engine']
 
 # %% ../../nbs/optimization/05_tensorrt.ipynb #3a4a9812
 @dataclass(frozen=True)
@@ -96,6 +97,20 @@ def foreign(graph: Any) -> dict[str, int]:
     own = ("", "ai.onnx")
     return dict(Counter(n.op_type for n in graph.node if n.domain not in own or n.op_type in OWN_NAMES).most_common())
 
+# %% ../../nbs/optimization/05_tensorrt.ipynb #1678e2c6
+NUMBERS = {1: "fp32", 10: "fp16", 16: "bf16"}  # ONNX's numbers for them
+
+
+def number_type(graph: Any) -> str:
+    "What most of a graph's weights are, or its inputs if it has none: fp32, fp16, bf16, or empty."
+    sizes: Counter[str] = Counter()
+    for c in graph.initializer:
+        if c.data_type in NUMBERS:
+            sizes[NUMBERS[c.data_type]] += prod(c.dims)
+    kinds = [i.type.tensor_type.elem_type for i in graph.input]
+    sizes = sizes or Counter(NUMBERS[k] for k in kinds if k in NUMBERS)
+    return sizes.most_common(1)[0][0] if sizes else ""
+
 # %% ../../nbs/optimization/05_tensorrt.ipynb #9f9feb1e
 @dataclass(frozen=True)
 class Where:
@@ -117,6 +132,7 @@ class Plan:
     profiles: list[Profile]
     config: EngineConfig
     foreign: dict[str, int]
+    numbers: str  # the graph's own number type
 
     def to_dict(self) -> dict[str, Any]:
         "The plan as JSON, without the path."
@@ -143,7 +159,7 @@ def plan_graph(
     for profile in profiles:
         profile.shapes(inputs)  # a size without a range is told now
     content = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Plan(path, revision, content, inputs, list(profiles), config, foreign(graph))
+    return Plan(path, revision, content, inputs, list(profiles), config, foreign(graph), number_type(graph))
 
 # %% ../../nbs/optimization/05_tensorrt.ipynb #8922987f
 def plan_engine(
@@ -252,12 +268,20 @@ def configured(trt: Any, builder: Any, plan: Plan) -> Any:
         config.add_optimization_profile(made)
     return config
 
-# %% ../../nbs/optimization/05_tensorrt.ipynb #c25b99ef
-def build_engine(plan: Plan, cache: str | Path) -> Path:
-    "The file of a plan's engine, built if the cache has none for this machine."
+# %% ../../nbs/optimization/05_tensorrt.ipynb #64828586
+def check_buildable(plan: Plan) -> None:
+    "Raise if TensorRT itself cannot build what a plan wants."
     if plan.foreign:
         names = ", ".join(plan.foreign)
         raise ModelError(f"the graph has operations that TensorRT has not: {names}", "open it through onnxruntime")
+    if plan.config.precision != plan.numbers:
+        what = f"the plan wants {plan.config.precision}, the graph is {plan.numbers or 'of no float type'}"
+        raise ConfigError(what, "export the graph in that precision, or plan the one that it has")
+
+# %% ../../nbs/optimization/05_tensorrt.ipynb #c25b99ef
+def build_engine(plan: Plan, cache: str | Path) -> Path:
+    "The file of a plan's engine, built if the cache has none for this machine."
+    check_buildable(plan)
     trt = libraries()
     path = Path(cache) / plan.key(this_machine()) / "engine.plan"
     if not path.is_file():
