@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import DataError
-from ..core.progress import track
 from ..engine.runners import LOGITS_AT
 from .products import Product, products
 
@@ -96,7 +95,7 @@ class Stops(Pass):
         "The products in order, each when its input is there."
         at = {node.output[0]: i for i, node in enumerate(self.nodes)}
         found = [Product(n.input[0], n.input[1], n.output[0]) for n in self.nodes if self.is_product(n)]
-        for product in track(found, "product"):
+        for product in found:
             self.run(at[product.out])
             yield product
 

@@ -41,6 +41,7 @@ class Recipe:
 RECIPES = {
     "fp32": Recipe("the original's weights as one graph"),
     "int4": Recipe("weights in four bits, attention's in eight", "int4:rewrite_int4"),
+    "int4-gptq": Recipe("int4, fitted to a text", "calibrated:rewrite_gptq", calibrated=True),
     "int8": Recipe("weights in eight bits", "int4:rewrite_int8"),
     "w8a8": Recipe("weights and activations in eight bits", "quantize:rewrite_w8a8"),
 }
