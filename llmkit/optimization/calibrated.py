@@ -50,7 +50,8 @@ class Side:
 
     def __init__(self, graph: Any, windows: np.ndarray, width: int) -> None:
         self.before, self.now = (Stops(graph, windows, width) for _ in range(2))
-        self.graph, self.found = graph, {}
+        self.graph = graph
+        self.found: dict[str, Constants] = {}
         self.count = len(list(products(graph)))
 
     def keep(self, name: str, constants: Constants, bits: int, turned: bool = False) -> None:

@@ -44,6 +44,7 @@ RECIPES = {
     "int4-gptq": Recipe("int4, fitted to a text", "calibrated:rewrite_gptq", calibrated=True),
     "int8": Recipe("weights in eight bits", "int4:rewrite_int8"),
     "w8a8": Recipe("weights and activations in eight bits", "quantize:rewrite_w8a8"),
+    "w8a8-smooth": Recipe("w8a8, loud channels calmed on a text", "smooth:rewrite_smooth", calibrated=True),
 }
 
 
