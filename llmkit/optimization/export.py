@@ -42,6 +42,7 @@ RECIPES = {
     "fp32": Recipe("the original's weights as one graph"),
     "int4": Recipe("weights in four bits, attention's in eight", "int4:rewrite_int4"),
     "int4-gptq": Recipe("int4, fitted to a text", "calibrated:rewrite_gptq", calibrated=True),
+    "int4-mixed": Recipe("int4-gptq, eight bits where four do most harm", "mixed:rewrite_mixed", calibrated=True),
     "int8": Recipe("weights in eight bits", "int4:rewrite_int8"),
     "w8a8": Recipe("weights and activations in eight bits", "quantize:rewrite_w8a8"),
     "w8a8-smooth": Recipe("w8a8, loud channels calmed on a text", "smooth:rewrite_smooth", calibrated=True),
