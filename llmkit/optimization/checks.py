@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,22 +19,41 @@ from ..core.run import read_json
 from ..engine.runners import load_runner
 
 # %% auto #0
-__all__ = ['SPARE', 'TOLERANCE', 'demand_finite', 'demand_tokenizer', 'weight_count', 'demand_room', 'prompt', 'truth',
-           'logits_apart', 'hidden_names', 'hidden_states', 'parting', 'demand_equal']
+__all__ = ['SPARE', 'TOLERANCE', 'opened', 'demand_finite', 'embedding_count', 'demand_tokenizer', 'demand_sound', 'weight_count',
+           'demand_room', 'prompt', 'truth', 'logits_apart', 'hidden_names', 'hidden_states', 'parting', 'demand_equal']
+
+# %% ../../nbs/optimization/01c_checks.ipynb #19a2511b
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    "A file of safetensors for torch; `ModelError` if it is damaged."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as e:
+        raise ModelError(f"{path} is damaged: {e}", "copy or download it again") from e
 
 # %% ../../nbs/optimization/01c_checks.ipynb #1a3dd42e
 def demand_finite(folder: Path) -> None:
     "`ModelError` that names the first tensor of a model with a NaN or an infinity."
     import torch
-    from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+        with opened(path) as file:
             for name in list(file.keys()):
                 bad = int((~torch.isfinite(file.get_tensor(name))).sum())
                 if bad:
                     what = f"{path.name} holds {bad} weights that are NaN or infinite, in {name}"
                     raise ModelError(what, "take an earlier checkpoint; the training has diverged")
+
+# %% ../../nbs/optimization/01c_checks.ipynb #6842709d
+def embedding_count(folder: Path) -> int:
+    "The rows of a model's embeddings."
+    config = read_json(folder / "config.json")
+    if "vocab_size" not in config:
+        raise ModelError(f"{folder}/config.json has no vocab_size", "only decoders of text can be exported; use torch")
+    return int(config["vocab_size"])
 
 # %% ../../nbs/optimization/01c_checks.ipynb #cf60ddfd
 def demand_tokenizer(folder: Path) -> None:
@@ -40,7 +61,7 @@ def demand_tokenizer(folder: Path) -> None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
-    told, rows = read_json(path), int(read_json(folder / "config.json")["vocab_size"])
+    told, rows = read_json(path), embedding_count(folder)
     words = told["model"]["vocab"]
     ids = [len(words) - 1] if isinstance(words, list) else list(words.values())
     highest = max(ids + [token["id"] for token in told.get("added_tokens", [])])
@@ -48,17 +69,21 @@ def demand_tokenizer(folder: Path) -> None:
         what = f"the tokenizer says ids up to {highest}, and {folder} has {rows} embeddings"
         raise ModelError(what, "put the tokenizer that the model was trained with into its folder")
 
+# %% ../../nbs/optimization/01c_checks.ipynb #623e65c0
+def demand_sound(folder: Path) -> None:
+    "`ModelError` if a model's weights or its tokenizer make every export worthless."
+    demand_tokenizer(folder)
+    demand_finite(folder)
+
 # %% ../../nbs/optimization/01c_checks.ipynb #bc6a0ec8
 SPARE = 16 << 20  # bytes, for the tokenizer, the graph's own file, and what else is written meanwhile
 
 # %% ../../nbs/optimization/01c_checks.ipynb #8378ecfe
 def weight_count(folder: Path) -> int:
     "The weights of a model, from its files' headers."
-    from safetensors import safe_open
-
     count = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "np") as file:
+        with opened(path) as file:
             count += sum(int(np.prod(file.get_slice(name).get_shape())) for name in list(file.keys()))
     return count
 
@@ -74,7 +99,7 @@ def demand_room(folder: Path, target: Path) -> None:
 # %% ../../nbs/optimization/01c_checks.ipynb #041143e3
 def prompt(folder: Path) -> list[int]:
     "A dozen token ids from all over a model's vocabulary, always the same."
-    size = int(read_json(folder / "config.json")["vocab_size"])
+    size = embedding_count(folder)
     return [(7919 * i + 11) % size for i in range(12)]
 
 

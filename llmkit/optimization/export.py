@@ -40,6 +40,11 @@ class Recipe:
     calibrated: bool = False  # the function is also given the fp32 graph's folder and windows of token ids
     precision: str = "fp32"  # in which the builder writes the graph; others are for GPUs
 
+    @property
+    def device(self) -> str:
+        "What the variant runs on."
+        return "cpu" if self.precision == "fp32" else "cuda"
+
 
 RECIPES = {
     "fp32": Recipe("the original's weights as one graph"),
@@ -154,8 +159,8 @@ def replacing(target: Path) -> Iterator[Path]:
 def made_from(folder: Path, name: str, windows: Any = None) -> dict[str, Any]:
     "What a variant is made from."
     found = {"revision": revision(folder), "format": FORMAT, "precision": name}
-    if recipe(name).precision != "fp32":
-        found["device"] = "cuda"
+    if recipe(name).device != "cpu":
+        found["device"] = recipe(name).device
     if recipe(name).calibrated:
         found["calibration"] = hashlib.sha256(windows.tobytes()).hexdigest()[:16]
     return found
@@ -191,7 +196,7 @@ def rewritten(made: Recipe, fresh: Path, windows: Any) -> None:
 # %% ../../nbs/optimization/01_export.ipynb #38acf692
 def write_variant(folder: Path, made: Recipe, fresh: Path, origin: dict[str, Any], windows: Any) -> None:
     "Write a variant to the folder `fresh`, and what it was made from."
-    if made.precision == "fp32":
+    if made.device == "cpu":
         fp32_graph(folder, fresh)
         rewritten(made, fresh, windows)
         origin |= {"logits_apart": logits_apart(folder, fresh, origin["revision"])[0]}
