@@ -84,7 +84,7 @@ def make_variants(folder: Path, names: Sequence[str], windows: Any) -> tuple[lis
             failed[name] = str(e)
     if not made:
         told = "".join(f"\n  {name}: {why}" for name, why in failed.items())
-        raise ModelError(f"no variant of {folder} could be made{told}", "the original can be served: variant torch")
+        raise ModelError(f"no variant of {folder} could be made", f"of each is told why:{told}")
     return made, failed
 
 # %% ../../nbs/cli/09_optimize.ipynb #3a59d696

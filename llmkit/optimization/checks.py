@@ -5,6 +5,7 @@
 # %% ../../nbs/optimization/01c_checks.ipynb #e6f9cd98
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from ..engine.runners import load_runner
 __all__ = ['SPARE', 'TOLERANCE', 'opened', 'demand_finite', 'embedding_count', 'demand_tokenizer', 'demand_sound', 'weight_count',
            'demand_room', 'prompt', 'truth', 'logits_apart', 'hidden_names', 'hidden_states', 'parting', 'demand_equal']
 
-# %% ../../nbs/optimization/01c_checks.ipynb #19a2511b
+# %% ../../nbs/optimization/01c_checks.ipynb #c878eb5f
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     "A file of safetensors for torch; `ModelError` if it is damaged."
@@ -47,7 +48,7 @@ def demand_finite(folder: Path) -> None:
                     what = f"{path.name} holds {bad} weights that are NaN or infinite, in {name}"
                     raise ModelError(what, "take an earlier checkpoint; the training has diverged")
 
-# %% ../../nbs/optimization/01c_checks.ipynb #6842709d
+# %% ../../nbs/optimization/01c_checks.ipynb #d01db46d
 def embedding_count(folder: Path) -> int:
     "The rows of a model's embeddings."
     config = read_json(folder / "config.json")
@@ -69,7 +70,7 @@ def demand_tokenizer(folder: Path) -> None:
         what = f"the tokenizer says ids up to {highest}, and {folder} has {rows} embeddings"
         raise ModelError(what, "put the tokenizer that the model was trained with into its folder")
 
-# %% ../../nbs/optimization/01c_checks.ipynb #623e65c0
+# %% ../../nbs/optimization/01c_checks.ipynb #7b64928f
 def demand_sound(folder: Path) -> None:
     "`ModelError` if a model's weights or its tokenizer make every export worthless."
     demand_tokenizer(folder)
@@ -88,13 +89,15 @@ def weight_count(folder: Path) -> int:
     return count
 
 # %% ../../nbs/optimization/01c_checks.ipynb #132b169c
-def demand_room(folder: Path, target: Path) -> None:
-    "`ModelError` with the bytes that are needed and free, if an export of a model to `target` would not fit."
+def demand_room(folder: Path, target: Path, filled: Exception | None = None) -> None:
+    "`ModelError` with bytes needed and free, if an export to `target` would not fit, or an error says that it did not."
     place = next(p for p in (target, *target.parents) if p.exists())
     needed, free = 4 * weight_count(folder) + SPARE, shutil.disk_usage(place).free
-    if free < needed:
-        what = f"the export needs {needed:,} bytes in {place} and {free:,} are free"
-        raise ModelError(what, "make room, for instance by deleting variants that are not served")
+    full = any(getattr(e, "errno", None) == errno.ENOSPC for e in (filled, filled and filled.__cause__))
+    if full or free < needed:
+        said = "the disk filled up: " if full else ""
+        what = f"{said}the export needs {needed:,} bytes in {place} and {free:,} are free"
+        raise ModelError(what, "make room, for instance by deleting variants that are not served") from filled
 
 # %% ../../nbs/optimization/01c_checks.ipynb #041143e3
 def prompt(folder: Path) -> list[int]:

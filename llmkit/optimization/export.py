@@ -218,8 +218,12 @@ def export_onnx(
     target = folder / "variants" / name
     demand_tokenizer(folder)
     demand_room(folder, target)
-    with replacing(target) as fresh:
-        write_variant(folder, made, fresh, made_from(folder, name, windows), windows)
+    try:
+        with replacing(target) as fresh:
+            write_variant(folder, made, fresh, made_from(folder, name, windows), windows)
+    except (OSError, ModelError) as e:
+        demand_room(folder, target, e)  # somebody else may have taken it meanwhile
+        raise
     return target
 
 # %% ../../nbs/optimization/01_export.ipynb #ccd4cbb1

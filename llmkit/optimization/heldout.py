@@ -76,7 +76,7 @@ def text_windows(
         raise ModelError(what, "give the tokenizer that the model was trained with")
     return found, rest
 
-# %% ../../nbs/optimization/07f_heldout.ipynb #b65b5cb8
+# %% ../../nbs/optimization/07f_heldout.ipynb #fa81caa4
 def doubt(
     perplexity: float,  # of the original
     model_folder: str | Path,
