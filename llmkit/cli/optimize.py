@@ -67,20 +67,24 @@ def tell(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
 
 # %% ../../nbs/cli/09_optimize.ipynb #dcd38f49
 def make_variants(folder: Path, names: Sequence[str], windows: Any) -> tuple[list[str], dict[str, str]]:
-    "Export variants; which could be made, and why the others could not."
-    from llmkit.core.errors import ModelError
+    "Export variants; which could be made and can be measured, and why the others are left out."
+    from llmkit.core.errors import DataError, ModelError
     from llmkit.core.progress import track
+    from llmkit.engine.runners import variant_folder
     from llmkit.optimization.export import ensure_variant, recipe
 
-    made, failed = [], {}
+    made, failed = list[str](), {}
     for name in names:
         recipe(name)  # an unknown one stops everything before the first is made
     for name in track(names, "variant"):
         try:
             ensure_variant(folder, name, windows)
-            made.append(name)
-        except ModelError as e:
+            made.append(variant_folder(folder, name).name)  # refuses what no runner could load
+        except (ModelError, DataError) as e:
             failed[name] = str(e)
+    if not made:
+        told = "".join(f"\n  {name}: {why}" for name, why in failed.items())
+        raise ModelError(f"no variant of {folder} could be made", f"of each is told why:{told}")
     return made, failed
 
 # %% ../../nbs/cli/09_optimize.ipynb #3a59d696
@@ -102,14 +106,16 @@ def optimize(
 ) -> None:
     "Make variants of a model, measure each on your own text, choose one; exit code 1 if none keeps to the budget."
     from llmkit.core.card import check_model_folder
+    from llmkit.optimization.checks import demand_sound
     from llmkit.optimization.choose import choose, demand_fit, known_purpose, parse_budget, record
     from llmkit.optimization.compare import compare
-    from llmkit.optimization.heldout import text_windows
+    from llmkit.optimization.heldout import doubt, text_windows
 
     purpose, folder = known_purpose(for_), check_model_folder(model)
     parse_budget(budget)
     if not data:
         raise ConfigError("there is no text to measure on", "give --data: prepared data, or files and folders of text")
+    demand_sound(folder)
     held_out, texts = text_windows(folder, data, length, windows, max(32, windows))
     made, failed = make_variants(folder, [v.strip() for v in variants.split(",") if v.strip()], texts)
     for name, why in failed.items():
@@ -117,4 +123,6 @@ def optimize(
     rows = choose(compare(folder, held_out, made, rounds, threads or None, price, fresh), budget, purpose)
     record(folder, rows, purpose)
     tell(rows, as_json)
+    if unsure := doubt(rows[0]["perplexity"], folder):
+        typer.echo(unsure, err=True)
     demand_fit(rows, budget)

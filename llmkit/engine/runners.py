@@ -145,6 +145,9 @@ def variant_folder(
         )
     if made.get("format") != FORMAT:
         raise ModelError(f"{path} was made by another version of llmkit", "run the optimize_model job again")
+    if made.get("device", "cpu") != "cpu":
+        hint = "on the CPU use fp32, int4 or w8a8; on a GPU, variant torch with device='cuda'"
+        raise ModelError(f"{path} is for a GPU ({made['device']}), and no runner of graphs uses one", hint)
     return path
 
 # %% ../../nbs/engine/04_runners.ipynb #e9b1ab77

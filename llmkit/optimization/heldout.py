@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import DataError, ModelError
-from ..core.run import read_json
 from ..data.prepared import Prepared
 from ..data.sources import read_files
+from .checks import embedding_count
 
 # %% auto #0
-__all__ = ['cut', 'spread', 'from_files', 'text_windows']
+__all__ = ['cut', 'spread', 'from_files', 'text_windows', 'doubt']
 
 # %% ../../nbs/optimization/07f_heldout.ipynb #f8347d63
 def cut(
@@ -43,7 +43,7 @@ def from_files(
 ) -> tuple[np.ndarray, np.ndarray]:
     "Windows to measure on and to calibrate with; `DataError` if the text is too short."
     text = "\n".join(doc.text for doc in read_files([str(p) for p in paths]))
-    windows = cut(tokenizer.encode(text), length)
+    windows = cut(tokenizer.encode(text, verbose=False), length)
     border = len(windows) - max(held_out, len(windows) // 5)
     if border < calibration:
         what = f"{len(windows)} windows of {length} tokens are in this text"
@@ -69,9 +69,21 @@ def text_windows(
 
         tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
         found, rest = from_files(data, tokenizer, length, held_out, calibration)
-    rows = int(read_json(Path(model_folder) / "config.json")["vocab_size"])
+    rows = embedding_count(Path(model_folder))
     highest = int(max(found.max(), rest.max()))
     if highest >= rows:
         what = f"the tokenizer says {highest}, and {model_folder} has {rows} embeddings"
         raise ModelError(what, "give the tokenizer that the model was trained with")
     return found, rest
+
+# %% ../../nbs/optimization/07f_heldout.ipynb #fa81caa4
+def doubt(
+    perplexity: float,  # of the original
+    model_folder: str | Path,
+) -> str:
+    "A warning if the original reads the text no better than by guessing; else nothing."
+    rows = embedding_count(Path(model_folder))
+    if perplexity < rows:
+        return ""
+    guess = f"a perplexity of {perplexity:,.0f} is no better than guessing among {rows:,} tokens"
+    return f"{guess}: is the model trained, does the tokenizer belong to it, and is the text of its kind?"

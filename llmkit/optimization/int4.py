@@ -5,7 +5,7 @@
 # %% ../../nbs/optimization/02a_int4.ipynb #d1dc4485
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ import numpy as np
 from .products import Lookup, Parts, Product, lookup, products, replace
 
 # %% auto #0
-__all__ = ['Fitted', 'LEVELS', 'blocks', 'fit_eight', 'fit_four', 'pack', 'quantize', 'block_of', 'block_product', 'block_lookup',
-           'quantized_lookup', 'bits_of', 'quantized', 'rewrite_int4']
+__all__ = ['Fitted', 'Constants', 'LEVELS', 'NONE', 'blocks', 'fit_eight', 'fit_four', 'pack', 'quantize', 'block_of',
+           'block_product', 'block_lookup', 'quantized_lookup', 'bits_of', 'quantized', 'rewrite_int4', 'rewrite_int8']
 
 # %% ../../nbs/optimization/02a_int4.ipynb #1a572963
 def blocks(
@@ -29,6 +29,7 @@ def blocks(
 
 # %% ../../nbs/optimization/02a_int4.ipynb #12a63434
 Fitted = tuple[np.ndarray, np.ndarray]  # numbers [n, block], uint8, and the scale of each block [n]
+Constants = dict[str, np.ndarray]  # of a product: numbers `q` and scales `s`
 
 # %% ../../nbs/optimization/02a_int4.ipynb #628e297f
 def fit_eight(x: np.ndarray) -> Fitted:
@@ -41,10 +42,13 @@ def fit_eight(x: np.ndarray) -> Fitted:
 LEVELS = np.arange(-8.8, -6.9, 0.15, dtype=np.float32)  # what the largest weight of a block may become
 
 # %% ../../nbs/optimization/02a_int4.ipynb #1782c293
-def fit_four(x: np.ndarray) -> Fitted:
+def fit_four(
+    x: np.ndarray,
+    counts: np.ndarray | None = None,  # what a squared error counts, like `x`; None: the weight's square
+) -> Fitted:
     "Four-bit numbers for blocks [n, block], symmetric around 8, of the smallest weighted squared error."
     largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)
-    counts = np.square(x)
+    counts = np.square(x) if counts is None else counts
     least, best, scales = np.full(len(x), np.inf), np.zeros(x.shape, np.uint8), np.zeros(len(x), np.float32)
     for level in LEVELS:
         step = largest / level
@@ -67,7 +71,7 @@ def quantize(
     weight: np.ndarray,  # [inputs, outputs]
     bits: int,  # 4 or 8
     block: int,
-) -> dict[str, np.ndarray]:
+) -> Constants:
     "Constants of a MatMulNBits: numbers `q` [outputs, blocks, bytes of a block] and scales `s` [outputs, blocks]."
     outputs, width = weight.shape[1], max(1, (1 << 17) // weight.shape[0])
     parts = [weight[:, i : i + width] for i in range(0, outputs, width)]
@@ -82,12 +86,17 @@ def block_of(bits: int, width: int) -> int:
     return next((b for b in (64, 32)[bits == 4 :] if width % b == 0), 16)
 
 # %% ../../nbs/optimization/02a_int4.ipynb #9c8b6baf
-def block_product(product: Product, weight: np.ndarray, bits: int) -> Parts:
+def block_product(
+    product: Product,
+    weight: np.ndarray,
+    bits: int,
+    found: Constants | None = None,  # the constants, if they are known
+) -> Parts:
     "A MatMulNBits in the place of `product`."
     from onnx.helper import make_node
 
     block = block_of(bits, weight.shape[0])
-    held = {f"{product.weight}.{k}": a for k, a in quantize(weight, bits, block).items()}
+    held = {f"{product.weight}.{k}": a for k, a in (found or quantize(weight, bits, block)).items()}
     sizes: dict[str, Any] = {
         "K": weight.shape[0],
         "N": weight.shape[1],
@@ -99,12 +108,12 @@ def block_product(product: Product, weight: np.ndarray, bits: int) -> Parts:
     return Parts([node], held)
 
 # %% ../../nbs/optimization/02a_int4.ipynb #dde6145a
-def block_lookup(found: Lookup, table: np.ndarray, bits: int) -> Parts:
+def block_lookup(found: Lookup, table: np.ndarray, bits: int, known: Constants | None = None) -> Parts:
     "A GatherBlockQuantized in the place of a look-up; `table` [vocabulary, width]."
     from onnx.helper import make_node
 
     name, block = found.table, block_of(bits, table.shape[1])
-    held = {f"{name}.{k}": a for k, a in quantize(table.T, bits, block).items()}
+    held = {f"{name}.{k}": a for k, a in (known or quantize(table.T, bits, block)).items()}
     held[f"{name}.shape"] = np.array([len(table), -1], np.int64)
     sizes: dict[str, Any] = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     rows = [f"{name}.rows", found.ids, f"{name}.s"]
@@ -115,7 +124,10 @@ def block_lookup(found: Lookup, table: np.ndarray, bits: int) -> Parts:
     return Parts(nodes, held)
 
 # %% ../../nbs/optimization/02a_int4.ipynb #e2901651
-def quantized_lookup(graph: Any, bits: int) -> Iterator[tuple[str, Parts]]:
+NONE: Mapping[str, Constants] = {}
+
+
+def quantized_lookup(graph: Any, bits: int, known: Mapping[str, Constants] = NONE) -> Iterator[tuple[str, Parts]]:
     "What looks up embeddings in the quantized form of an fp32 graph; nothing if the rows cannot be cut into blocks."
     from onnx.numpy_helper import to_array
 
@@ -125,7 +137,7 @@ def quantized_lookup(graph: Any, bits: int) -> Iterator[tuple[str, Parts]]:
         return
     rows = table.T if found.tied else table
     if rows.shape[1] % 16 == 0:
-        yield found.out, block_lookup(found, rows, bits)
+        yield found.out, block_lookup(found, rows, bits, known.get(found.table))
 
 # %% ../../nbs/optimization/02a_int4.ipynb #01c50bc2
 def bits_of(product: Product) -> int:
@@ -133,17 +145,28 @@ def bits_of(product: Product) -> int:
     return 8 if any(f".{name}_proj." in product.weight for name in ("qkv", "q", "k", "v")) else 4
 
 # %% ../../nbs/optimization/02a_int4.ipynb #f2721de5
-def quantized(graph: Any) -> Iterator[tuple[str, Parts]]:
-    "What computes each product and the look-up of an fp32 graph in its int4 one."
+def quantized(
+    graph: Any,
+    bits: Callable[[Product], int] = bits_of,
+    known: Mapping[str, Constants] = NONE,  # constants by the name of the matrix; the others are quantized here
+) -> Iterator[tuple[str, Parts]]:
+    "What computes each product and the look-up of an fp32 graph in its quantized one."
     from onnx.numpy_helper import to_array
 
     held = {i.name: i for i in graph.initializer}
     for product in products(graph):
         weight = to_array(held[product.weight])
-        yield product.out, block_product(product, weight, bits_of(product))
-    yield from quantized_lookup(graph, 4)
+        yield product.out, block_product(product, weight, bits(product), known.get(product.weight))
+    if found := lookup(graph):
+        rows = Product(found.ids, found.table, found.out)
+        yield from quantized_lookup(graph, bits(rows), known)
 
 # %% ../../nbs/optimization/02a_int4.ipynb #c4b756d4
 def rewrite_int4(graph: Any) -> None:
     "Replace the products and the look-up of an fp32 ONNX graph by ones with weights in four and eight bits, in place."
     replace(graph, dict(quantized(graph)))
+
+# %% ../../nbs/optimization/02a_int4.ipynb #18aa1da7
+def rewrite_int8(graph: Any) -> None:
+    "Replace the products and the look-up of an fp32 ONNX graph by ones with weights in eight bits, in place."
+    replace(graph, dict(quantized(graph, lambda product: 8)))

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge
 
 from ..core.config import Config
+from ..core.errors import ConfigError
 from .choose import parse_budget
 from .export import recipe
 
@@ -43,7 +44,8 @@ class OptimizeJob(Config):
         "Variants and budget are known ones."
         parse_budget(self.budget)
         for name in self.variants:
-            recipe(name)
+            if recipe(name).device != "cpu":
+                raise ConfigError(f"variant {name!r} is for a GPU and cannot be compared here", "leave it out")
 
     @classmethod
     def tiny(cls, **over: Any) -> Self:
