@@ -63,6 +63,9 @@ class StepStats:
     preemptions: int = 0  # since the start, like the following
     prefix_queries: int = 0  # prompt tokens that were looked up
     prefix_hits: int = 0  # and found
+    drafted: int = 0  # tokens that were guessed and checked
+    accepted: int = 0  # and were what the model would have said
+    speedup: float = 1.0  # of decoding through guesses, lately
 
 # %% ../../nbs/engine/05_engine.ipynb #8939a8d4
 def why_finished(sequence: Sequence, eos: Many[int], max_length: int) -> Finish | None:
@@ -195,8 +198,12 @@ class Door(Parts):
         "Free what a request holds; False if it is not there."
         sequence = self.scheduler.remove(request_id)
         if sequence is not None and sequence.slot >= 0:
-            self.runner.free(sequence.slot)
+            self.empty(sequence.slot)
         return sequence is not None
+
+    def empty(self, slot: int) -> None:
+        "Forget what a slot holds."
+        self.runner.free(slot)
 
     def abort(self, request_id: str) -> bool:
         "Drop a request and free its slot at once; the next step reports it. False if it is not there (any more)."
@@ -240,18 +247,22 @@ class Engine(Door):
     def step(self) -> list[Output]:
         "Advance every running request by one token or piece, and say what is new."
         plan = self.schedule()
-        batches = run_plan(self.runner, self.cache, plan)
-        tokens = [choose(b.logits, [s.sampler for s in b.sequences]) for b in batches]
-        outputs = [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
+        outputs = self.advance(plan)
         self.count(plan, outputs)
         aborted, self.aborted = self.aborted, []
         return aborted + outputs
+
+    def advance(self, plan: Plan) -> list[Output]:
+        "Run what the plan says, choose the tokens, and say what is new."
+        batches = run_plan(self.runner, self.cache, plan)
+        tokens = [choose(b.logits, [s.sampler for s in b.sequences]) for b in batches]
+        return [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
 
     def schedule(self) -> Plan:
         "The scheduler's plan, slots emptied and filled as it says."
         plan = self.scheduler.plan()
         for slot in plan.preempted:
-            self.runner.free(slot)
+            self.empty(slot)
         self.admitted = [s.request.id for s in plan.admitted]
         for sequence in plan.admitted:
             adapter = sequence.request.adapter

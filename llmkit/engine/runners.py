@@ -34,6 +34,7 @@ class Capabilities:
     adapters: bool = False  # LoRA adapters can be loaded
     grammar: bool = True  # replies can be held to a grammar
     logit_bias: bool = True  # single tokens can be favoured
+    rewind: bool = False  # positions can be forgotten again, and several tokens checked in one call
 
 # %% ../../nbs/engine/04_runners.ipynb #4fa6a15f
 class Runner(Protocol):
@@ -53,6 +54,14 @@ class Runner(Protocol):
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         "Append one token to each of `slots`; logits [len(slots), vocab_size], float32, in the order given."
+        ...
+
+    def verify(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        "Append `ids` to what `slot` holds; logits [len(ids), vocab_size], those of `decode` after each."
+        ...
+
+    def rewind(self, slot: int, length: int) -> None:
+        "Forget what `slot` holds behind its first `length` tokens."
         ...
 
     def free(self, slot: int) -> None:
@@ -77,7 +86,7 @@ class MockRunner:
 
     def capabilities(self) -> Capabilities:
         "Everything but adapters."
-        return Capabilities("mock")
+        return Capabilities("mock", rewind=True)
 
     def prefill(self, slot: int, ids: Sequence[int], every: bool = False, adapter: str = "") -> np.ndarray:
         "Logits [1 or len(ids), vocab_size]."
@@ -92,6 +101,14 @@ class MockRunner:
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         "Logits [len(slots), vocab_size]."
         return np.concatenate([self.prefill(s, [i]) for s, i in zip(slots, ids, strict=True)])
+
+    def verify(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        "Logits [len(ids), vocab_size]."
+        return self.prefill(slot, ids, every=True)
+
+    def rewind(self, slot: int, length: int) -> None:
+        "Forget all but the first `length` tokens."
+        del self.held[slot][length:]
 
     def free(self, slot: int) -> None:
         "Forget what `slot` holds."
