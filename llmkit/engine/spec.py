@@ -16,12 +16,14 @@ from ..core.card import check_model_folder, revision
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.run import read_json
+from .drafts import Drafter, Lookup
 from .engine import Engine
 from .grammar import GrammarCompiler
 from .runners import Load, MockRunner, Runner, eos_ids, load_runner
+from .speculative import SpeculativeEngine
 
 # %% auto #0
-__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'load_engine']
+__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'make_drafter', 'load_engine']
 
 # %% ../../nbs/engine/05a_spec.ipynb #5e16afd9
 @dataclass(kw_only=True)
@@ -37,6 +39,7 @@ class EngineSpec(Config):
     threads: Annotated[int, Ge(1)] | None = None
     kv_gb: Annotated[float, Gt(0)] | None = None  # for keys and values; a part of what is free if not given
     prefix_share: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # of that, for prompts read before
+    speculate: str = ""  # 'lookup': guess ahead from the text itself; 'draft:FOLDER': from a smaller model
 
     def validate(self) -> None:
         "An engine that runs graphs cannot run the folder itself, and the other way round."
@@ -47,6 +50,11 @@ class EngineSpec(Config):
         for name in ("variant", "threads", "kv_gb") if self.engine == "vllm" else ():
             if getattr(self, name) not in (None, "auto"):
                 self.fail(name, "cannot be set with engine 'vllm', which decides it itself")
+        kind, _, folder = self.speculate.partition(":")
+        if self.speculate not in ("", "lookup") and not (kind == "draft" and folder):
+            self.fail("speculate", "must be 'lookup' or 'draft:FOLDER'")
+        if self.speculate and self.engine == "vllm":
+            self.fail("speculate", "cannot be set with engine 'vllm'")
 
 # %% ../../nbs/engine/05a_spec.ipynb #c2ca4de0
 def token_bytes(
@@ -87,6 +95,11 @@ def make_runner(spec: EngineSpec) -> Runner:
     device: Literal["auto", "cpu"] = "auto" if spec.engine == "torch" else "cpu"
     return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
+# %% ../../nbs/engine/05a_spec.ipynb #87f80c88
+def make_drafter(spec: EngineSpec) -> Drafter:
+    "The drafter that `spec` asks for."
+    return Lookup()
+
 # %% ../../nbs/engine/05a_spec.ipynb #b357adf4
 def load_engine(spec: EngineSpec) -> Any:
     "An `Engine` over the model in `spec.folder`, or vLLM's with the same face; `MissingError` where vLLM is missing."
@@ -99,4 +112,5 @@ def load_engine(spec: EngineSpec) -> Any:
     capacity, prefix = memory_plan(spec, token_bytes(read_json(folder / "config.json")), runner.max_length)
     stops = eos_ids(folder)
     grammar = GrammarCompiler(folder, runner.vocab_size, stops)
-    return Engine(runner, stops, capacity, prefix, revision(folder), grammar.compile)
+    parts = (runner, stops, capacity, prefix, revision(folder), grammar.compile)
+    return SpeculativeEngine(*parts, drafter=make_drafter(spec)) if spec.speculate else Engine(*parts)
