@@ -95,9 +95,9 @@ def make_runner(spec: EngineSpec) -> Runner:
     device: Literal["auto", "cpu"] = "auto" if spec.engine == "torch" else "cpu"
     return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
-# %% ../../nbs/engine/05a_spec.ipynb #87f80c88
-def make_drafter(spec: EngineSpec) -> Drafter:
-    "The drafter that `spec` asks for."
+# %% ../../nbs/engine/05a_spec.ipynb #22f81efb
+def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
+    "The drafter that `spec` asks for, for what `runner` writes."
     return Lookup()
 
 # %% ../../nbs/engine/05a_spec.ipynb #b357adf4
@@ -113,4 +113,4 @@ def load_engine(spec: EngineSpec) -> Any:
     stops = eos_ids(folder)
     grammar = GrammarCompiler(folder, runner.vocab_size, stops)
     parts = (runner, stops, capacity, prefix, revision(folder), grammar.compile)
-    return SpeculativeEngine(*parts, drafter=make_drafter(spec)) if spec.speculate else Engine(*parts)
+    return SpeculativeEngine(*parts, drafter=make_drafter(spec, runner)) if spec.speculate else Engine(*parts)
