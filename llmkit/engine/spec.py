@@ -16,6 +16,7 @@ from ..core.card import check_model_folder, revision
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.run import read_json
+from .draft_model import DraftModel, check_same_tokens, draft_place
 from .drafts import Drafter, Lookup
 from .engine import Engine
 from .grammar import GrammarCompiler
@@ -23,7 +24,8 @@ from .runners import Load, MockRunner, Runner, eos_ids, load_runner
 from .speculative import SpeculativeEngine
 
 # %% auto #0
-__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'make_drafter', 'load_engine']
+__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'draft_spec', 'make_drafter', 'bytes_a_token',
+           'load_engine']
 
 # %% ../../nbs/engine/05a_spec.ipynb #5e16afd9
 @dataclass(kw_only=True)
@@ -95,10 +97,34 @@ def make_runner(spec: EngineSpec) -> Runner:
     device: Literal["auto", "cpu"] = "auto" if spec.engine == "torch" else "cpu"
     return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
-# %% ../../nbs/engine/05a_spec.ipynb #22f81efb
+# %% ../../nbs/engine/05a_spec.ipynb #afadba4e
+def draft_spec(spec: EngineSpec) -> EngineSpec | None:
+    "The spec of the draft model, if `spec` names one."
+    kind, _, where = spec.speculate.partition(":")
+    if kind != "draft":
+        return None
+    folder, variant = draft_place(where)
+    engine: Any = "mock" if spec.engine == "mock" else "auto"
+    same = {"slots": spec.slots, "threads": spec.threads}
+    return EngineSpec(folder=folder, variant=variant, engine=engine, load="latency", **same)
+
+# %% ../../nbs/engine/05a_spec.ipynb #2f34644d
 def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
-    "The drafter that `spec` asks for, for what `runner` writes."
-    return Lookup()
+    "The drafter that `spec` asks for, for what `runner` writes; `ConfigError` if its tokens are others."
+    found = draft_spec(spec)
+    if found is None:
+        return Lookup()
+    check_same_tokens(check_model_folder(spec.folder), check_model_folder(found.folder))
+    draft = make_runner(found)
+    if draft.vocab_size != runner.vocab_size:
+        raise ConfigError(f"speculate: {draft.vocab_size} tokens, the model has {runner.vocab_size}", "take another")
+    return DraftModel(draft)
+
+# %% ../../nbs/engine/05a_spec.ipynb #1a0f39f8
+def bytes_a_token(spec: EngineSpec) -> int:
+    "Bytes of keys and values of one token, the draft model's included."
+    folders = [s.folder for s in (spec, draft_spec(spec)) if s]
+    return sum(token_bytes(read_json(check_model_folder(f) / "config.json")) for f in folders)
 
 # %% ../../nbs/engine/05a_spec.ipynb #b357adf4
 def load_engine(spec: EngineSpec) -> Any:
@@ -109,7 +135,7 @@ def load_engine(spec: EngineSpec) -> Any:
 
         return VllmEngine(folder, slots=spec.slots, max_length=spec.max_length)
     runner = make_runner(spec)
-    capacity, prefix = memory_plan(spec, token_bytes(read_json(folder / "config.json")), runner.max_length)
+    capacity, prefix = memory_plan(spec, bytes_a_token(spec), runner.max_length)
     stops = eos_ids(folder)
     grammar = GrammarCompiler(folder, runner.vocab_size, stops)
     parts = (runner, stops, capacity, prefix, revision(folder), grammar.compile)
