@@ -15,14 +15,14 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError, ModelError
 from .prefix import PIECE, PrefixCache, block_names
-from .request import Finish, Output, Request, SamplingParams, TokenLogprob
+from .request import Finish, Output, Request, SamplingParams, StepStats, TokenLogprob
 from .runners import Capabilities, Runner
 from .sampling import Sampler, check_ids, choose, token_logprobs
 from .scheduler import Plan, Scheduler, Sequence
 
 # %% auto #0
-__all__ = ['check_prompt', 'check_able', 'StepStats', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan',
-           'score_rows', 'emit', 'Parts', 'Door', 'set_adapter', 'restore', 'Engine', 'generate']
+__all__ = ['check_prompt', 'check_able', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan', 'score_rows', 'emit',
+           'Parts', 'Door', 'set_adapter', 'restore', 'Engine', 'generate']
 
 # %% ../../nbs/engine/05_engine.ipynb #c260714b
 def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
@@ -49,23 +49,6 @@ def check_able(request: Request, able: Capabilities) -> None:
     }
     if bad := next((name for name, (asked, can) in wanted.items() if asked and not can), None):
         raise ConfigError(f"{bad}: the {able.runner} runner cannot do it", "leave it out, or serve another variant")
-
-# %% ../../nbs/engine/05_engine.ipynb #6a56691d
-@dataclass(slots=True)
-class StepStats:
-    "The state after a step, and what the step did."
-
-    running: int = 0  # requests in slots
-    waiting: int = 0  # requests in the queue
-    kv_used: float = 0.0  # share of the memory for keys and values, 0 to 1
-    prompt_tokens: int = 0  # prompt tokens read in the latest step
-    generated_tokens: int = 0  # tokens generated in the latest step
-    preemptions: int = 0  # since the start, like the following
-    prefix_queries: int = 0  # prompt tokens that were looked up
-    prefix_hits: int = 0  # and found
-    drafted: int = 0  # tokens that were guessed and checked
-    accepted: int = 0  # and were what the model would have said
-    speedup: float = 1.0  # of decoding through guesses, lately
 
 # %% ../../nbs/engine/05_engine.ipynb #8939a8d4
 def why_finished(sequence: Sequence, eos: Many[int], max_length: int) -> Finish | None:
