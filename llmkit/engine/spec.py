@@ -97,7 +97,7 @@ def make_runner(spec: EngineSpec) -> Runner:
     device: Literal["auto", "cpu"] = "auto" if spec.engine == "torch" else "cpu"
     return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
-# %% ../../nbs/engine/05a_spec.ipynb #afadba4e
+# %% ../../nbs/engine/05a_spec.ipynb #cedc3212
 def draft_spec(spec: EngineSpec) -> EngineSpec | None:
     "The spec of the draft model, if `spec` names one."
     kind, _, where = spec.speculate.partition(":")
@@ -105,10 +105,10 @@ def draft_spec(spec: EngineSpec) -> EngineSpec | None:
         return None
     folder, variant = draft_place(where)
     engine: Any = "mock" if spec.engine == "mock" else "auto"
-    same = {"slots": spec.slots, "threads": spec.threads}
-    return EngineSpec(folder=folder, variant=variant, engine=engine, load="latency", **same)
+    place: dict[str, Any] = {"folder": folder, "variant": variant, "engine": engine, "load": "latency"}
+    return EngineSpec(**place, slots=spec.slots, threads=spec.threads)
 
-# %% ../../nbs/engine/05a_spec.ipynb #2f34644d
+# %% ../../nbs/engine/05a_spec.ipynb #abe05c7c
 def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
     "The drafter that `spec` asks for, for what `runner` writes; `ConfigError` if its tokens are others."
     found = draft_spec(spec)
@@ -120,7 +120,7 @@ def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
         raise ConfigError(f"speculate: {draft.vocab_size} tokens, the model has {runner.vocab_size}", "take another")
     return DraftModel(draft)
 
-# %% ../../nbs/engine/05a_spec.ipynb #1a0f39f8
+# %% ../../nbs/engine/05a_spec.ipynb #73986181
 def bytes_a_token(spec: EngineSpec) -> int:
     "Bytes of keys and values of one token, the draft model's included."
     folders = [s.folder for s in (spec, draft_spec(spec)) if s]
