@@ -22,7 +22,7 @@ from .scheduler import Plan, Scheduler, Sequence
 
 # %% auto #0
 __all__ = ['check_prompt', 'check_able', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan', 'score_rows', 'emit',
-           'Parts', 'Door', 'set_adapter', 'restore', 'Engine', 'generate']
+           'Parts', 'Door', 'set_adapter', 'restore', 'Advancing', 'Engine', 'generate']
 
 # %% ../../nbs/engine/05_engine.ipynb #c260714b
 def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
@@ -223,8 +223,27 @@ def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -
         sequence.read += PIECE
     sequence.cached = sequence.cached or sequence.read
 
+# %% ../../nbs/engine/05_engine.ipynb #b12b8ab7
+class Advancing(Door):
+    "What happens between a plan and its outputs."
+
+    def advance(self, plan: Plan) -> list[Output]:
+        "Run what the plan says, choose the tokens, and say what is new."
+        batches = run_plan(self.runner, self.cache, plan)
+        tokens = [choose(b.logits, [s.sampler for s in b.sequences]) for b in batches]
+        return [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
+
+    def emit(self, batch: Batch, tokens: Many[int]) -> list[Output]:
+        "The outputs of a batch; whoever is finished leaves."
+        scored = zip(batch.sequences, tokens, score_rows(batch, tokens), strict=True)
+        outputs = [emit(*row, self.eos_ids, self.max_length) for row in scored]
+        for output in outputs:
+            if output.finish:
+                self.leave(output.request_id)
+        return outputs
+
 # %% ../../nbs/engine/05_engine.ipynb #03f56eaa
-class Engine(Door):
+class Engine(Advancing):
     "Runs many requests on one runner; not thread-safe: the thread that calls `step` calls the rest too."
 
     def step(self) -> list[Output]:
@@ -234,12 +253,6 @@ class Engine(Door):
         self.count(plan, outputs)
         aborted, self.aborted = self.aborted, []
         return aborted + outputs
-
-    def advance(self, plan: Plan) -> list[Output]:
-        "Run what the plan says, choose the tokens, and say what is new."
-        batches = run_plan(self.runner, self.cache, plan)
-        tokens = [choose(b.logits, [s.sampler for s in b.sequences]) for b in batches]
-        return [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
 
     def schedule(self) -> Plan:
         "The scheduler's plan, slots emptied and filled as it says."
@@ -251,15 +264,6 @@ class Engine(Door):
             adapter = sequence.request.adapter
             restore(self.runner, self.cache, f"{self.salt}/{adapter}/{self.loads[adapter]}", sequence)
         return plan
-
-    def emit(self, batch: Batch, tokens: Many[int]) -> list[Output]:
-        "The outputs of a batch; whoever is finished leaves."
-        scored = zip(batch.sequences, tokens, score_rows(batch, tokens), strict=True)
-        outputs = [emit(*row, self.eos_ids, self.max_length) for row in scored]
-        for output in outputs:
-            if output.finish:
-                self.leave(output.request_id)
-        return outputs
 
     def count(self, plan: Plan, outputs: list[Output]) -> None:
         "Bring the statistics up to date."

@@ -104,11 +104,9 @@ class ModelMetrics:
     def total(self, name: str, value: float) -> None:
         "Bring a counter up to a total that the engine keeps (a smaller one began again at 0), or set a gauge."
         if name in self.gauges:
-            self.gauges[name].set(value)
-            return
-        before = self.seen.get(name, 0.0)
+            return self.gauges[name].set(value)
+        before, self.seen[name] = self.seen.get(name, 0.0), value
         self.counters[name].inc(value - before if value >= before else value)
-        self.seen[name] = value
 
     def finish(self, f: Finished) -> None:
         "Count one finished request."
