@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # Processes of a test share two cores; a thread pool in each of them only gets in the way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Started in the background of a script, we would ignore Ctrl-C, and so would every process that the tests interrupt.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Started in the background of a script, or under nohup, we would ignore Ctrl-C or a terminal that goes away, and so
+# would every process that the tests interrupt.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 
 def pytest_configure(config: pytest.Config) -> None:

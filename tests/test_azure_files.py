@@ -5,7 +5,6 @@ Nothing here talks to Azure, and none of it has run on a subscription.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -18,6 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from llmkit.core.errors import LLMKitError
 
 ROOT = Path(__file__).resolve().parents[1]
 AZURE, WORKFLOWS = ROOT / "azure", ROOT / ".github" / "workflows"
@@ -102,6 +103,8 @@ def test_a_deployment_fits_the_server_that_it_runs(path: Path, load: dict) -> No
 
 def test_blue_and_green_differ_in_name_alone() -> None:
     blue, green = (read(p) for p in DEPLOYMENTS)
+    for deployment in (blue, green):  # the server says in every reply who it is, and a rollout counts by that
+        assert deployment["environment_variables"].pop("LLMKIT_REVISION") == deployment["name"]
     assert blue | {"name": "green"} == green
 
 
@@ -133,10 +136,11 @@ def test_start_serves_the_mounted_model(tmp_path: Path) -> None:
     fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     fake.chmod(0o755)
     env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "AZUREML_MODEL_DIR": str(tmp_path / "mount")}
+    env |= read(DEPLOYMENTS[1])["environment_variables"]
     script = ["/bin/sh", AZURE / "environments/serve/start.sh"]
     done = subprocess.run(script, env=env, capture_output=True, text=True)
     words = done.stdout.splitlines()
-    assert words[:2] == ["serve", f"revision={model}"], done.stderr
+    assert words[:2] == ["serve", f"green={model}"], done.stderr
     options = {o for p in subcommand("serve").params for o in p.opts}
     assert {w for w in words if w.startswith("--")} <= options and "--gateway" in words
     assert not ENV.keys() & set(read(DEPLOYMENTS[0])["environment_variables"])
@@ -222,21 +226,21 @@ def commands(data: dict, path: str = "") -> Iterator[tuple[str, dict]]:
         yield from commands(step, name)
 
 
-def passed(command: str) -> dict[str, tuple[str, str]]:
-    """Parameters of the papermill call in a command: the option and the text by name."""
-    found = {n: (o, v) for o, n, v in re.findall(r"\s-([pr]) (\w+) (\S+)", command)}
-    return found | {n: ("y", v) for n, v in re.findall(r"\s-y '(\w+): ([^']*)'", command)}
+def passed(command: str) -> dict[str, str]:
+    """Parameters that the call of a notebook in a command is given."""
+    return {n: v.strip("'") for n, v in re.findall(r"\s-p (\w+) ('[^']*'|\S+)", command)}
 
 
 def job_problems(data: dict) -> list[str]:
     """What a job says that is not so: notebooks, parameters, inputs, outputs, steps, clusters, environments."""
-    from llmkit.runner.inspect import config_class, parameters
+    from llmkit.runner.inspect import check
 
     wrong = []
     jobs = data.get("jobs", {})
     for name, inner in commands(data):
         text = inner["command"]
-        book = re.search(r"papermill (\S+\.ipynb) \$\{\{outputs\.run\}\}/node-(\$NODE_RANK|0)\.ipynb", text)
+        call = r"python -m llmkit\.cli run (\S+\.ipynb) --out \$\{\{outputs\.run\}\}( --node \$NODE_RANK)?"
+        book = re.search(call, text)
         if not book or not (ROOT / book[1]).is_file():
             wrong.append(f"{name}: runs no notebook that exists")
             continue
@@ -244,12 +248,8 @@ def job_problems(data: dict) -> list[str]:
             used = set(re.findall(r"\$\{\{%s\.(\w+)\}\}" % kind, text))  # noqa: UP031
             wrong += [f"{name}: {kind}.{u} is not defined" for u in sorted(used - set(inner.get(kind, {})))]
             wrong += [f"{name}: {kind}.{u} is used nowhere" for u in sorted(set(inner.get(kind, {})) - used)]
-        types, cls = parameters(ROOT / book[1]), config_class(ROOT / book[1])
         values = {}
-        for parameter, (option, value) in passed(text).items():
-            if parameter not in types:
-                wrong.append(f"{name}: {book[1]} has no parameter {parameter}")
-                continue
+        for parameter, value in passed(text).items():
             for given in re.findall(r"\$\{\{inputs\.(\w+)\}\}", value):
                 fixed = inner.get("inputs", {}).get(given)
                 fixed = data.get("inputs", {}).get(given) if isinstance(fixed, str) and "parent." in fixed else fixed
@@ -257,12 +257,14 @@ def job_problems(data: dict) -> list[str]:
             for given in re.findall(r"\$\{\{search_space\.(\w+)\}\}", value):  # its first value stands for all
                 fixed = inner.get("search_space", {}).get(given, {}).get("values", ["?"])[0]
                 value = value.replace(f"${{{{search_space.{given}}}}}", str(fixed))
-            value = value.replace("$AZUREML_NODE_COUNT", "1")
-            values[parameter] = value if option == "r" else ast.literal_eval(value)
+            values[parameter] = value.replace("$AZUREML_NODE_COUNT", "1")
         try:
-            cls.from_dict({p.name: p.default for p in types.values()} | values)  # type: ignore[union-attr]
-        except Exception as e:  # noqa: BLE001 - whatever the config says is the finding
+            check(ROOT / book[1], values, text=True)
+        except LLMKitError as e:
             wrong.append(f"{name}: {e}")
+        many = inner.get("distribution") is not None
+        if many != bool(book[2]):
+            wrong.append(f"{name}: one folder for many nodes" if many else f"{name}: has one node")
         compute = inner.get("compute") or data.get("compute") or data.get("settings", {}).get("default_compute", "")
         for value, what in ((compute, "compute_configs"), (inner.get("environment", ""), "environments")):
             if value.removeprefix("azureml:").partition("@")[0] not in known(what):
@@ -292,9 +294,11 @@ def test_the_schedule_runs_the_pipeline(load: dict) -> None:
 
 BREAKS: list[tuple[str, Callable[[str], str], str]] = [
     ("train", lambda s: s.replace("train_model.ipynb", "train_modle.ipynb"), "runs no notebook"),
-    ("train", lambda s: s.replace("-p steps", "-p step"), "no parameter step"),
-    ("train", lambda s: s.replace("steps: 20000", "steps: fast"), "malformed"),
+    ("train", lambda s: s.replace("-p steps", "-p step"), "no parameter 'step'"),
+    ("train", lambda s: s.replace("steps: 20000", "steps: fast"), "steps"),
     ("train", lambda s: s.replace("steps: 20000", "steps: -1"), "steps"),
+    ("train", lambda s: s.replace(" --node $NODE_RANK", ""), "one folder for many nodes"),
+    ("evaluate", lambda s: s.replace("llmkit.cli run", "llmkit.cli rum"), "runs no notebook"),
     ("train", lambda s: s.replace("strategy: ddp", "strategy: dpp"), "strategy"),
     ("train", lambda s: s.replace("gpu-a100", "gpu-a200"), "not in azure/compute_configs"),
     ("train", lambda s: s.replace("llmkit-train@", "llmkit-trian@"), "not in azure/environments"),
@@ -403,13 +407,17 @@ def test_the_workflow_asks_before_production_and_keeps_no_secret() -> None:
     flow = read(WORKFLOWS / "deploy.yml")
     jobs = flow["jobs"]
     assert "secrets" not in text and flow["permissions"] == {}
-    assert [jobs[n]["needs"] for n in ("images", "staging", "production")] == ["test", "images", "staging"]
+    order = ["test", "images", "staging", "production", "everyone"]
+    assert list(jobs) == order and [jobs[n]["needs"] for n in order[1:]] == order[:-1]
     logged_in = {n for n, job in jobs.items() if any("azure/login" in s.get("uses", "") for s in job.get("steps", []))}
-    assert logged_in == {"images", "staging", "production"}
+    assert logged_in == set(order[1:])
     for name in logged_in:
-        assert jobs[name]["environment"] == name and jobs[name]["permissions"]["id-token"] == "write"
+        assert (
+            jobs[name]["environment"] == name.replace("everyone", "production")
+            and jobs[name]["permissions"]["id-token"] == "write"
+        )
     trusted = re.search(r"var environments = \[(.*?)\]", (AZURE / "infra/modules/identities.bicep").read_text(), re.S)
-    assert trusted and set(re.findall(r"'(\w+)'", trusted[1])) == logged_in
+    assert trusted and set(re.findall(r"'(\w+)'", trusted[1])) == {jobs[n]["environment"] for n in logged_in}
     # What a person typed reaches a shell through the environment alone.
     runs = [s["run"] for job in jobs.values() for s in job.get("steps", []) if "run" in s]
     assert not [r for r in runs if re.search(r"\$\{\{\s*(inputs|github\.event|needs)", r)]
@@ -425,111 +433,6 @@ def test_the_workflow_calls_what_is_there() -> None:
     assert "workflow_call" in triggers
     pinned = re.findall(r"uses: ([\w./-]+)@(\S+)", text + (WORKFLOWS / "ci.yml").read_text(encoding="utf-8"))
     assert pinned and all(re.fullmatch(r"[0-9a-f]{40}", version) for _, version in pinned), pinned
-
-
-def test_an_image_is_deployed_by_its_digest(load: dict, tmp_path: Path) -> None:
-    image = f"crllmkit.azurecr.io/llmkit-serve@sha256:{'a' * 64}"
-    command = [sys.executable, ROOT / "tools/pin_image.py", AZURE / "environments/serve/environment.yml"]
-    done = subprocess.run([*command, image], capture_output=True, text=True, check=True)
-    (tmp_path / "serve.yml").write_text(done.stdout)
-    environment = load["environment"](tmp_path / "serve.yml")
-    assert environment.image == image and environment.build is None
-    assert environment.inference_config.scoring_route.port == 8000
-    loose = subprocess.run([*command, "crllmkit.azurecr.io/llmkit-serve:latest"], capture_output=True, text=True)
-    assert loose.returncode and "by digest" in loose.stderr
-
-
-FAKE_AZ = r"""import json, os, sys, pathlib
-home = pathlib.Path(os.environ["FAKE"]); state = json.loads((home / "state.json").read_text()); words = sys.argv[1:]
-assert words[0] == "ml" and {"--subscription", "--resource-group", "--workspace-name"} <= set(words), words
-get = lambda flag: words[words.index(flag) + 1] if flag in words else ""
-with open(home / "calls", "a") as f: f.write(" ".join(words[1:3]) + "\n")
-what = " ".join(words[1:3])
-if what == "online-endpoint show":
-    if state["endpoint"] is None: sys.exit("(ResourceNotFound) the endpoint was not found")
-    query = get("--query")
-    if query == "provisioning_state":
-        state["updating"] -= 1
-        print("Updating" if state["updating"] >= 0 else state.get("state", "Succeeded"))
-    elif query == "scoring_uri": print("https://llmkit.example/")
-    elif query.startswith("traffic."): print(state["endpoint"].get(query[8:], ""))
-elif what == "online-endpoint create":
-    assert "00000000" in open(get("--file")).read() and "${" not in open(get("--file")).read()
-    state["endpoint"] = {}
-elif what == "online-deployment list": print("\n".join(n for n in state["deployments"] if n in get("--query")))
-elif what in ("online-deployment create", "online-deployment update"):
-    name = pathlib.Path(get("--file")).stem
-    assert (name in state["deployments"]) == what.endswith("update")
-    assert state["updating"] < 0, "the endpoint is updating"
-    state["deployments"][name] = [w for w in words if w.startswith(("model=", "environment="))]; state["updating"] = 2
-elif what == "online-endpoint get-credentials": print("secret-key")
-elif what == "online-endpoint update":
-    state["endpoint"] = dict(w.split("=") for w in get("--traffic").split()); state["updating"] = 2
-    if state.get("ignores"): state["endpoint"] = {"blue": "100"}
-else: sys.exit(f"unknown: {words}")
-(home / "state.json").write_text(json.dumps(state))
-"""
-FAKE_CURL = '#!/bin/sh\nfor w in "$@"; do case "$w" in *secret-key*) exit 9;; esac; done\necho "$FAKE_REPLY"\n'
-
-
-def deploy(
-    home: Path, state: dict, share: int = 5, reply: str = '{"choices": [{"text": "x"}]}'
-) -> tuple[int, str, dict]:
-    """Exit code, output and the end's state of tools/deploy.sh over a stand-in for `az`."""
-    for name, text in (("az", f"#!{sys.executable} -IS\n{FAKE_AZ}"), ("curl", FAKE_CURL), ("envsubst", FAKE_ENVSUBST)):
-        (home / name).write_text(text)
-        (home / name).chmod(0o755)
-    (home / "state.json").write_text(json.dumps({"updating": 0, "deployments": {}} | state))
-    env = {
-        "PATH": f"{home}:{os.environ['PATH']}",
-        "FAKE": str(home),
-        "FAKE_REPLY": reply,
-        "LLMKIT_WAIT_S": "0",
-        "LLMKIT_LOOKS": "4",
-    }
-    env |= {"AZURE_SUBSCRIPTION_ID": "00000000", "AZURE_RESOURCE_GROUP": "rg", "AZUREML_WORKSPACE_NAME": "mlw"}
-    command = [ROOT / "tools/deploy.sh", "llmkit", "llmkit:3", "llmkit-serve:abc", str(share)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr, json.loads((home / "state.json").read_text())
-
-
-FAKE_ENVSUBST = f"""#!{sys.executable} -IS
-import os, sys
-print(os.path.expandvars(sys.stdin.read()))
-"""
-
-
-def test_the_first_deployment_gets_all_traffic(tmp_path: Path) -> None:
-    code, told, state = deploy(tmp_path, {"endpoint": None})
-    assert code == 0, told
-    assert state["endpoint"] == {"blue": "100"}
-    assert state["deployments"] == {"blue": ["model=azureml:llmkit:3", "environment=azureml:llmkit-serve:abc"]}
-    assert "secret-key" not in told
-
-
-def test_the_next_one_goes_beside_it_and_gets_its_share(tmp_path: Path) -> None:
-    code, told, state = deploy(tmp_path, {"endpoint": {"blue": "100"}, "deployments": {"blue": []}})
-    assert code == 0, told
-    assert state["endpoint"] == {"green": "5", "blue": "95"} and set(state["deployments"]) == {"blue", "green"}
-    code, told, state = deploy(tmp_path, {"endpoint": {"green": "100"}, "deployments": {"blue": [], "green": []}})
-    assert code == 0 and state["endpoint"] == {"blue": "5", "green": "95"}, told
-
-
-@pytest.mark.parametrize(
-    ("state", "reply", "word"),
-    [
-        ({}, '{"error": "no"}', "answers no completion; traffic stays"),
-        ({"state": "Failed"}, "", "is in a failed state"),
-        ({"ignores": True}, '{"text": 1}', "of the traffic, not 5 %"),
-        ({"updating": 100}, "", "still updating"),
-    ],
-)
-def test_a_deployment_that_is_not_well_gets_no_traffic(tmp_path: Path, state: dict, reply: str, word: str) -> None:
-    code, told, after = deploy(
-        tmp_path, {"endpoint": {"blue": "100"}, "deployments": {"blue": []}} | state, reply=reply
-    )
-    assert code and word in told
-    assert after["endpoint"] == {"blue": "100"}
 
 
 # What people read

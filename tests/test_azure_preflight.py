@@ -128,15 +128,20 @@ GOOD: dict[str, dict[str, Any]] = {
     ),
 }
 RUN = "python -m llmkit.cli run halve.ipynb"
+PER_NODE = "distribution.process_count_per_instance"
+NONE_EACH = {"type": "pytorch", "process_count_per_instance": 0}
+NO_WORKER = {"type": "tensorflow", "worker_count": 0}
+UNKNOWN_VALUE = "papermill halve.ipynb o.ipynb -p rate ${{search_space.rates}}"
 
 # cell of the table, file, key, value (None: the key is taken out), key that the problem names (empty: the same)
 BAD: list[tuple[str, str, str, Any, str]] = [
     ("instance_count 0", "job.yml", "resources.instance_count", 0, ""),
     ("instance_count 0", "job.yml", "resources.instance_count", -1, ""),
-    ("instance_count 0", "pipeline.yml", "jobs.train.resources", {"instance_count": 0}, "jobs.train.resources.instance_count"),
-    ("process_count 0", "job.yml", "distribution.process_count_per_instance", 0, ""),
-    ("process_count 0", "component.yml", "distribution", {"type": "pytorch", "process_count_per_instance": 0}, "distribution.process_count_per_instance"),
-    ("process_count 0", "job.yml", "distribution", {"type": "tensorflow", "worker_count": 0}, "distribution.worker_count"),
+    ("instance_count 0", "pipeline.yml", "jobs.train.resources", {"instance_count": 0},
+     "jobs.train.resources.instance_count"),
+    ("process_count 0", "job.yml", PER_NODE, 0, ""),
+    ("process_count 0", "component.yml", "distribution", NONE_EACH, PER_NODE),
+    ("process_count 0", "job.yml", "distribution", NO_WORKER, "distribution.worker_count"),
     ("no compute", "job.yml", "compute", None, ""),
     ("no compute", "serverless.yml", "resources", None, "compute"),
     ("no compute", "sweep.yml", "compute", None, ""),
@@ -153,7 +158,7 @@ BAD: list[tuple[str, str, str, Any, str]] = [
     ("timeout", "sweep.yml", "limits.trial_timeout", -60, ""),
     ("brackets", "serverless.yml", "command", "python t.py $[[--lr ${{inputs.lr}}", "command"),
     ("brackets", "serverless.yml", "command", "python t.py --lr ${{inputs.lr", "command"),
-    ("brackets", "component.yml", "command", "python t.py $[[--data ${{inputs.data}} --out ${{outputs.model}}", "command"),
+    ("brackets", "component.yml", "command", "python t.py $[[--in ${{inputs.data}} > ${{outputs.model}}", "command"),
     ("notebook", "job.yml", "command", "python -m llmkit.cli run ../outside.ipynb", "code"),
     ("notebook", "job.yml", "command", "papermill nowhere.ipynb out.ipynb", "code"),
     ("notebook", "job.yml", "code", None, "code"),
@@ -165,7 +170,7 @@ BAD: list[tuple[str, str, str, Any, str]] = [
     ("outputs", "pipeline.yml", "jobs.train.outputs.model", "${{parent.outputs.models}}", ""),
     ("inputs", "job.yml", "command", f"{RUN} -p name ${{{{inputs.texts}}}}", "command"),
     ("inputs", "serverless.yml", "inputs", None, "command"),
-    ("inputs", "sweep.yml", "trial.command", "papermill halve.ipynb o.ipynb -p rate ${{search_space.rates}}", "trial.command"),
+    ("inputs", "sweep.yml", "trial.command", UNKNOWN_VALUE, "trial.command"),
     ("inputs", "pipeline.yml", "jobs.train.inputs.data", "${{parent.inputs.corpse}}", ""),
     ("inputs", "pipeline.yml", "jobs.evaluate.inputs.model", "${{parent.jobs.trian.outputs.model}}", ""),
     ("inputs", "pipeline.yml", "jobs.train.inputs", {"date": "${{parent.inputs.corpus}}"}, "jobs.train.inputs.date"),
@@ -195,7 +200,8 @@ BAD: list[tuple[str, str, str, Any, str]] = [
     ("code alone", "green.yml", "environment", None, ""),
     ("code alone", "blue.yml", "code_configuration", {"code": "./src", "scoring_script": "s.py"}, "environment"),
     ("request timeout", "blue.yml", "request_settings.request_timeout_ms", 999_999, ""),
-    ("request timeout", "green.yml", "request_settings", {"request_timeout_ms": 0}, "request_settings.request_timeout_ms"),
+    ("request timeout", "green.yml", "request_settings", {"request_timeout_ms": 0},
+     "request_settings.request_timeout_ms"),
     ("min over max", "cluster.yml", "min_instances", 5, ""),
     ("min over max", "cluster.yml", "max_instances", 0, ""),
     ("no size", "cluster.yml", "size", None, ""),
@@ -213,7 +219,7 @@ BAD: list[tuple[str, str, str, Any, str]] = [
     ("tier", "cluster.yml", "tier", "cheap", ""),
     ("together", "job.yml", "compute", "azureml:gpu-a10", "compute"),
     ("together", "job.yml", "resources.instance_count", 8, ""),
-    ("together", "job.yml", "distribution.process_count_per_instance", 16, ""),
+    ("together", "job.yml", PER_NODE, 16, ""),
     ("together", "job.yml", "environment", "azureml:trian@latest", ""),
     ("parameters", "job.yml", "command", f"{RUN} -p m 3", "command"),
     ("parameters", "job.yml", "command", f"{RUN} -p n many", "command"),
@@ -287,7 +293,7 @@ def test_every_cell_is_there_twice() -> None:
 
 
 def test_no_function_of_the_sdk_is_given_what_it_would_swallow() -> None:
-    """`command(instances=2)` and `PyTorchDistribution(process_count=3)` are accepted and ignored: jobs are YAML here."""
+    """`command(instances=2)`, `PyTorchDistribution(process_count=3)` are accepted and ignored: jobs are YAML here."""
     from llmkit.azureml import place, spec, submit
 
     for module in (place, spec, submit):

@@ -132,7 +132,7 @@ def test_papermill_pairs_reach_the_job(llmkit: Callable[..., Done], tmp_path: Pa
     book = nbformat.read(tmp_path / "said/says.ipynb", 4)
     assert book.cells[-1].outputs[0]["data"]["text/plain"] == "('0012345', 7, ['x', 'y'])"
     assert done.out.splitlines()[-1] == "said/says.ipynb"
-    refused(llmkit("run", path, "--out", "said", "-p", "n", "8"), "was made with other")
+    refused(llmkit("run", path, "--out", "said", "-p", "n", "8"), "holds a finished run")
 
 
 def test_a_failing_job(llmkit: Callable[..., Done], tmp_path: Path, job: Callable[..., Path]) -> None:

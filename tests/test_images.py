@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -32,10 +33,14 @@ class Buildah:
 
     home: Path
 
-    def __call__(self, *words: str | Path, **how: object) -> str:
+    @property
+    def words(self) -> list[str | Path]:
+        """How a command begins."""
+        return ["buildah", "--storage-driver", "vfs", "--root", self.home / "store", "--runroot", self.home / "run"]
+
+    def __call__(self, *words: str | Path) -> str:
         """The output of one command; a failure shows its last lines."""
-        store = ["--storage-driver", "vfs", "--root", self.home / "store", "--runroot", self.home / "run"]
-        done = subprocess.run(["buildah", *store, *words], capture_output=True, text=True, **how)  # type: ignore[call-overload]
+        done = subprocess.run([*self.words, *words], capture_output=True, text=True)
         assert done.returncode == 0, f"buildah {words[0]}: {(done.stdout + done.stderr)[-3000:]}"
         return done.stdout.strip()
 
@@ -109,43 +114,58 @@ def ask(url: str, body: dict | None = None) -> tuple[int, str]:
         return getattr(e, "code", 0), str(e)
 
 
-@pytest.mark.timeout(3000)
-def test_the_serving_image_answers(buildah: Buildah, tmp_path: Path) -> None:
-    """Built, and started as Azure ML does it: the model below a mount, probes, then a completion without a key."""
-    from llmkit.core.tiny import tiny_model
-
-    tiny_model(tmp_path / "mount" / "llmkit" / "model")
-    tmp_path.chmod(0o755)
-    image, port = build(buildah, "serve", ROOT), free_port()
+@contextmanager
+def served(buildah: Buildah, image: str, model: Path) -> Iterator[str]:
+    """The address of a container that was started as Azure ML does it, the folder `model` below a mount."""
+    port = free_port()
     container = buildah("from", image)
-    inner = f"AZUREML_MODEL_DIR=/mount HOST=127.0.0.1 PORT={port} sh /opt/llmkit/start.sh"
-    store = ["--storage-driver", "vfs", "--root", buildah.home / "store", "--runroot", buildah.home / "run"]
-    volume = ["--volume", f"{tmp_path / 'mount'}:/mount:ro"]
-    command = ["buildah", *store, "run", "--isolation", "chroot", *volume, container, "--", "sh", "-c", inner]
+    inner = f"AZUREML_MODEL_DIR=/mount HOST=127.0.0.1 PORT={port} LLMKIT_REVISION=blue sh /opt/llmkit/start.sh"
+    volume = ["--volume", f"{model}:/mount/llmkit/model:ro"]
+    command = [*buildah.words, "run", "--isolation", "chroot", *volume, container, "--", "sh", "-c", inner]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 120
-        while ask(f"http://127.0.0.1:{port}/readyz")[0] != 200 and time.monotonic() < end and server.poll() is None:
+        while ask(f"{url}/readyz")[0] != 200 and time.monotonic() < end and server.poll() is None:
             time.sleep(0.5)
-        status, text = ask(
-            f"http://127.0.0.1:{port}/v1/completions", {"model": "llmkit", "prompt": "a", "max_tokens": 4}
-        )
-        assert status == 200, f"{text} {server.poll()}"
-        assert json.loads(text)["usage"]["completion_tokens"] >= 1
-        who = buildah("run", "--isolation", "chroot", container, "--", "id", "-u")
-        assert who == "1000"
+        yield url
     finally:
         server.terminate()
         output = server.communicate(timeout=60)[0]
         print(output[-2000:])
+    assert buildah("run", "--isolation", "chroot", container, "--", "id", "-u") == "1000"
 
 
 @pytest.mark.timeout(3000)
-def test_the_training_image_imports_what_jobs_need(buildah: Buildah) -> None:
-    image = build(buildah, "train", ROOT / "azure" / "environments" / "train")
-    container = buildah("from", image)
-    code = "import torch, transformers, trl, peft, mlflow, azureml.mlflow, papermill, onnxruntime_genai, evidently"
-    volume = ["--volume", f"{ROOT}:/code:ro", "--workingdir", "/code"]
-    code += "; import llmkit.training.job; print(mlflow.__version__)"
-    assert buildah("run", "--isolation", "chroot", *volume, container, "--", "python", "-c", code).startswith("3.")
-    assert "no broken" in buildah("run", "--isolation", "chroot", container, "--", "pip", "check").lower()
+def test_the_serving_image_answers(buildah: Buildah, tmp_path: Path) -> None:
+    """Built, and started as Azure ML does it: probes, then a completion and a chat without a key."""
+    from llmkit.core.tiny import tiny_model
+
+    model = tiny_model(tmp_path / "model")
+    for path in (tmp_path, model, *model.iterdir()):
+        path.chmod(0o755)  # the server's user is not ours, and a mount in Azure can be read by all
+    with served(buildah, build(buildah, "serve", ROOT), model) as url:
+        for path in ("health", "livez", "readyz"):
+            status, text = ask(f"{url}/{path}")
+            assert status == 200, text
+        asked = {"model": "llmkit", "max_tokens": 4}
+        status, text = ask(f"{url}/v1/completions", asked | {"prompt": "a"})
+        assert status == 200, text
+        assert json.loads(text)["usage"]["completion_tokens"] >= 1 and json.loads(text)["system_fingerprint"] == "blue"
+        status, text = ask(f"{url}/v1/chat/completions", asked | {"messages": [{"role": "user", "content": "add"}]})
+        assert status == 200, text
+        assert json.loads(text)["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.timeout(3000)
+def test_the_training_image_runs_a_job(buildah: Buildah) -> None:
+    """Its packages fit together, and a job's command, as the files in azure/jobs have it, trains in it."""
+    container = buildah("from", build(buildah, "train", ROOT / "azure" / "environments" / "train"))
+    inside = ["run", "--isolation", "chroot", "--volume", f"{ROOT}:/code:ro", "--workingdir", "/code"]
+    inside += ["--env", "LLMKIT_RUNS=/tmp/runs", container, "--"]
+    assert "no broken" in buildah(*inside, "pip", "check").lower()
+    code = "import trl, peft, azureml.mlflow, onnxruntime_genai, evidently, mlflow; print(mlflow.__version__)"
+    assert buildah(*inside, "python", "-c", code).startswith("3.")
+    job = ["python", "-m", "llmkit.cli", "run", "nbs/jobs/train_model.ipynb", "--out", "/tmp/out", "-p", "steps", "5"]
+    buildah(*inside, *job)
+    assert json.loads(buildah(*inside, "cat", "/tmp/out/result.json"))["status"] == "finished"

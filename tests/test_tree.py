@@ -152,7 +152,10 @@ def fastest(*words: str, tries: int = 7) -> float:
 CLI = ("-m", "llmkit.cli")
 
 
-@pytest.mark.parametrize("words", [("-c", "import llmkit"), (*CLI, "--help"), (*CLI, "run", "--help")])
+HELP = [(*CLI, *words, "--help") for words in ([], ["run"], ["jobs"], ["pipeline"], ["azure"])]
+
+
+@pytest.mark.parametrize("words", [("-c", "import llmkit"), *HELP])
 def test_answers_at_once(words: tuple[str, ...]) -> None:
     assert fastest(*words) < 0.3
 

@@ -105,7 +105,7 @@ def register_model(service: Service, folder: str | Path, name: str, tags: Mappin
     if not (home / "config.json").is_file():
         raise DataError(f"{folder} is no model folder", "it lacks config.json; give the folder `model` of a run")
     digest = data_digest(home)[:16]
-    rows = service.call(f"list the versions of {name}", lambda c: list(c.models.list(name=name)))
+    rows = service.find(f"list the versions of {name}", lambda c: list(c.models.list(name=name))) or []
     known = {int(m.version): (m.tags or {}).get("llmkit.digest", "") for m in rows if str(m.version).isdigit()}
     version, there = model_version(known, digest)
     if not there:

@@ -15,13 +15,14 @@ from typing import Any
 from .preflight import sdk_load, vet
 from .sheet import Sheet, read_sheet
 from .submit import write_yaml
+from .waiting import word
 from .workspace import Service, Workspace
 from ..core.config import nearest
 from ..core.errors import ConfigError, DataError, LLMKitError
 from ..core.settings import read_yaml
 
 # %% auto #0
-__all__ = ['expanded', 'Price', 'price_of', 'described', 'plain_tier', 'differs', 'wanted', 'word', 'find', 'bring', 'up', 'down',
+__all__ = ['expanded', 'Price', 'price_of', 'described', 'plain_tier', 'differs', 'wanted', 'find', 'bring', 'up', 'down',
            'status']
 
 # %% ../../nbs/azureml/06_compute.ipynb #30d03371
@@ -101,11 +102,6 @@ def wanted(service: Service, sheet: Sheet) -> Any:
     with tempfile.TemporaryDirectory(prefix="llmkit-compute-") as folder:
         path = write_yaml(expanded(sheet.data, service.place), Path(folder) / sheet.path.name)
         return sdk_load(path, "compute")
-
-# %% ../../nbs/azureml/06_compute.ipynb #c9881b98
-def word(state: Any) -> str:
-    "A state of the SDK as a word; it gives text or a member of an enumeration."
-    return str(getattr(state, "value", state)).lower()
 
 # %% ../../nbs/azureml/06_compute.ipynb #de5ea2d1
 def find(service: Service, name: str) -> Any:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .compute import expanded, word
+from .compute import expanded
 from .preflight import sdk_load, vet
 from .sheet import read_sheet
 from .submit import write_yaml
+from .waiting import Waiting, word
 from .workspace import Service
 from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError, MissingError, ServiceError
 from ..core.resilience import Deadline
+from ..serving.process import last_lines
 
 # %% auto #0
-__all__ = ['percents', 'Endpoint', 'loaded', 'Making', 'sides', 'Shifting', 'Keeping', 'EndpointBackend']
+__all__ = ['LOOKS', 'percents', 'Endpoint', 'loaded', 'Making', 'Deploying', 'sides', 'known_names', 'Shifting', 'Mirroring',
+           'Keeping', 'Ending', 'EndpointBackend']
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #02217ed5
 def percents(weights: Mapping[str, float]) -> dict[str, int]:
@@ -37,11 +40,18 @@ def percents(weights: Mapping[str, float]) -> dict[str, int]:
     return whole
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #c369d683
-class Endpoint:
+class Endpoint(Waiting):
     "An online endpoint, by name."
 
-    def __init__(self, service: Service, name: str, patience: float = 1800.0, every: float = 1.0) -> None:
-        self.service, self.name, self.patience, self.every = service, name, patience, every
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        patience: float = 1800.0,  # seconds that a change may take
+        every: float = 1.0,  # seconds between two looks
+    ) -> None:
+        super().__init__(service, patience, every)
+        self.name = name
 
     def find(self) -> Any:
         "The endpoint as the SDK has it; None if it is not there."
@@ -61,12 +71,8 @@ class Endpoint:
         return {d.name: d for d in rows}
 
     def settled(self) -> Any:
-        "The endpoint, when nobody is updating it any more."
-        deadline = Deadline(self.patience)
-        while word((found := self.get()).provisioning_state) not in ("succeeded", "failed", "canceled"):
-            deadline.check(f"the endpoint {self.name} (it is {word(found.provisioning_state)})", "look in the studio")
-            time.sleep(self.every)
-        return found
+        "The endpoint, when nobody is changing it any more."
+        return self.until(self.get, f"the endpoint {self.name}")
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #7a167b21
 def loaded(service: Service, path: str | Path, kind: str, over: Mapping[str, Any] | None = None) -> Any:
@@ -78,45 +84,59 @@ def loaded(service: Service, path: str | Path, kind: str, over: Mapping[str, Any
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #fea663ae
 class Making(Endpoint):
-    "An endpoint that can be made from files."
+    "An endpoint that can be made from a file."
 
     def make(self, path: str | Path, say: Callable[[str], Any] = print) -> None:
         "Make the endpoint that a file describes, unless it is there."
         vet([path], sdk=False)
         if self.find() is None:
-            entity = loaded(
-                self.service, path, "endpoint", {"name": self.name, "traffic": None, "mirror_traffic": None}
-            )
-            self.wait("make", lambda c: c.online_endpoints.begin_create_or_update(entity))
+            bare = {"name": self.name, "traffic": None, "mirror_traffic": None}
+            entity = loaded(self.service, path, "endpoint", bare)
+            try:
+                self.finish(f"make {self.name}", lambda c: c.online_endpoints.begin_create_or_update(entity))
+            except LLMKitError as e:
+                if "already exist" not in e.message:
+                    raise
+                if self.find() is None:
+                    hint = "names are taken once in a region: choose another with --endpoint or in endpoint.yml"
+                    raise ConfigError(f"the endpoint {self.name} already exists in another workspace", hint) from e
             say(f"{self.name} made")
-        self.settled()
+        if (state := word(self.settled().provisioning_state)) != "succeeded":
+            raise ServiceError(f"the endpoint {self.name} is {state}", "llmkit azure delete --yes, then make it anew")
 
-    def wait(self, doing: str, work: Callable[[Any], Any]) -> None:
-        "Start something long and wait for its end; what is there already, or was done by another, is as good."
-        try:
-            self.service.call(f"{doing} {self.name}", lambda c: work(c).result())
-        except LLMKitError as e:
-            if "already exist" not in e.message:
-                raise
+# %% ../../nbs/azureml/04_endpoint.ipynb #08dc4b12
+class Deploying(Making):
+    "An endpoint that deployments can be put behind."
 
     def deploy(self, path: str | Path, say: Callable[[str], Any] = print, **over: Any) -> str:
         "Make or change the deployment that a file describes (`model`, `environment` over those in it); its name."
         vet([path], sdk=False)
         self.settled()
         entity = loaded(self.service, path, "deployment", {"endpoint_name": self.name} | over)
-        self.wait(f"deploy {entity.name} to", lambda c: c.online_deployments.begin_create_or_update(entity))
-        found = self.deployments().get(entity.name)
-        state = word(getattr(found, "provisioning_state", "missing"))
+        name = str(entity.name)
+        try:
+            self.finish(f"deploy {name} to {self.name}", lambda c: c.online_deployments.begin_create_or_update(entity))
+        except ServiceError as e:
+            raise ServiceError(e.message, f"its log ends: {self.tail(name)}") from e
+        found = self.until(lambda: self.deployments().get(name), f"the deployment {name}")
+        state = "missing" if found is None else word(found.provisioning_state)
         if state != "succeeded":
-            log = "\n".join(self.logs(entity.name, 20)) if found is not None else ""
-            raise ServiceError(f"deployment {entity.name} of {self.name} is {state}", f"its log ends:\n{log}")
-        say(f"{entity.name} of {self.name} is up")
-        return entity.name
+            raise ServiceError(f"deployment {name} of {self.name} is {state}", f"its log ends: {self.tail(name)}")
+        say(f"{name} of {self.name} is up")
+        return name
 
     def logs(self, deployment: str, lines: int = 100) -> list[str]:
         "The last lines that a deployment's container printed."
-        call = lambda c: c.online_deployments.get_logs(name=deployment, endpoint_name=self.name, lines=lines)  # noqa: E731
-        return str(self.service.call(f"read the log of {deployment}", call)).splitlines()
+        names = {"name": deployment, "endpoint_name": self.name}
+        what = f"read the log of {deployment}"
+        return str(self.service.call(what, lambda c: c.online_deployments.get_logs(**names, lines=lines))).splitlines()
+
+    def tail(self, deployment: str) -> str:
+        "The end of a deployment's log in one line."
+        try:
+            return last_lines("\n".join(self.logs(deployment, 20)), 3)
+        except LLMKitError as e:
+            return f"nothing can be read ({e.message})"
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #4cf71eca
 def sides(found: Any) -> tuple[dict[str, int], dict[str, int]]:
@@ -125,46 +145,68 @@ def sides(found: Any) -> tuple[dict[str, int], dict[str, int]]:
     now, side = ({n: int(s) for n, s in group.items() if int(s)} for group in pairs)
     return now, side
 
-# %% ../../nbs/azureml/04_endpoint.ipynb #45369168
-class Shifting(Making):
+# %% ../../nbs/azureml/04_endpoint.ipynb #21ff57a5
+def known_names(endpoint: Endpoint, names: Iterable[str]) -> None:
+    "`ConfigError` for a name that no deployment has: the SDK would send it."
+    known = endpoint.deployments()
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) if known else "deploy it"
+            raise ConfigError(f"{endpoint.name} has no deployment {name!r}", hint)
+
+# %% ../../nbs/azureml/04_endpoint.ipynb #0693c80f
+LOOKS = 10  # at the traffic, before it is asked for again
+
+
+class Shifting(Deploying):
     "An endpoint whose traffic can be moved."
 
     def shares(self) -> dict[str, int]:
         "Percents of the traffic by deployment, those above 0."
-        return {n: int(s) for n, s in (self.get().traffic or {}).items() if int(s)}
+        return sides(self.get())[0]
 
     def put(self, traffic: Mapping[str, int] | None = None, mirror: Mapping[str, int] | None = None) -> None:
         "Set shares or mirrored traffic and wait until the service shows them."
-        known = self.deployments()
-        for name in {**(traffic or {}), **(mirror or {})}:
-            if name not in known:
-                hint = nearest(name, known) if known else "deploy it"
-                raise ConfigError(f"{self.name} has no deployment {name!r}", hint)
-        deadline = Deadline(self.patience)
+        known_names(self, {**(traffic or {}), **(mirror or {})})
+        deadline, looks = Deadline(self.patience), 0
         while True:
             found = self.settled()
             now, side = sides(found)
             want = now if traffic is None else {n: s for n, s in traffic.items() if s}
-            kept = side if mirror is None else mirror
-            aside = {n: s for n, s in kept.items() if s and not want.get(n)}
+            aside = {n: s for n, s in (side if mirror is None else mirror).items() if s and not want.get(n)}
             if (now, side) == (want, aside):
                 return
             deadline.check(f"moving the traffic of {self.name} (it is {now})", "look in the studio")
-            found.traffic, found.mirror_traffic = want, aside
-            self.wait("move the traffic of", lambda c, e=found: c.online_endpoints.begin_create_or_update(e))
-            time.sleep(self.every)
+            if looks % LOOKS == 0:  # the service may show what was for a moment
+                self.shift(found, want, aside)
+            else:
+                time.sleep(self.every)
+            looks += 1
+
+    def shift(self, found: Any, traffic: dict[str, int], mirror: dict[str, int]) -> None:
+        "Ask for shares and mirrored traffic."
+        found.traffic, found.mirror_traffic = traffic, mirror
+        self.finish(f"move the traffic of {self.name}", lambda c: c.online_endpoints.begin_create_or_update(found))
+
+# %% ../../nbs/azureml/04_endpoint.ipynb #45369168
+class Mirroring(Shifting):
+    "An endpoint whose traffic can be copied."
 
     def mirror(self, deployment: str, percent: int) -> None:
         "Copy so many percent of the traffic to a deployment that gets none; 0 ends it."
         if not 0 <= percent <= 50:
             raise ConfigError(f"{percent} % of the traffic to be mirrored", "0 to 50 is possible")
-        if self.shares().get(deployment):
+        if percent and self.shares().get(deployment):
             raise ConfigError(f"{deployment} has traffic of its own", "mirror to a deployment that has none")
         self.put(mirror={deployment: percent})
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #c88c8212
-class Keeping(Shifting):
-    "An endpoint with keys, and an end."
+class Keeping(Mirroring):
+    "An endpoint with an address and two keys."
+
+    def address(self) -> str:
+        "The address that an OpenAI client takes as its base."
+        return str(self.get().scoring_uri).rstrip("/").removesuffix("/v1") + "/v1"
 
     def keys(self) -> tuple[str, str]:
         "The primary and the secondary key."
@@ -175,24 +217,46 @@ class Keeping(Shifting):
         "Make a key new and return it; the other one goes on to work."
         if which not in ("primary", "secondary"):
             raise ConfigError(f"there is no {which!r} key", "primary or secondary")
-        call = lambda c: c.online_endpoints.begin_regenerate_keys(self.name, key_type=which).result()  # noqa: E731
-        self.service.call(f"renew the {which} key of {self.name}", call)
-        return self.keys()[which == "secondary"]
+        before = self.keys()
+        doing = f"renew the {which} key of {self.name}"
+        self.finish(doing, lambda c: c.online_endpoints.begin_regenerate_keys(self.name, key_type=which))
+        at, deadline = ("primary", "secondary").index(which), Deadline(self.patience)
+        while (now := self.keys())[at] == before[at]:
+            deadline.check(doing, "look in the studio")
+            time.sleep(self.every)
+        return now[at]
+
+# %% ../../nbs/azureml/04_endpoint.ipynb #108902b5
+class Ending(Keeping):
+    "An endpoint that can be taken away, deployment by deployment or as a whole."
 
     def remove(self, deployment: str) -> None:
         "Delete a deployment that gets no traffic; one that is not there is as good."
-        if self.shares().get(deployment):
-            raise ConfigError(f"{deployment} gets {self.shares()[deployment]} % of the traffic", "move it away first")
-        self.mirror(deployment, 0) if deployment in (self.get().mirror_traffic or {}) else None
-        call = lambda c: c.online_deployments.begin_delete(name=deployment, endpoint_name=self.name).wait()  # noqa: E731
-        self.service.find(f"delete {deployment} of {self.name}", call)
+        now, side = sides(self.settled())
+        if deployment in now:
+            raise ConfigError(f"{deployment} gets {now[deployment]} % of the traffic", "move it away first")
+        if deployment in side:
+            self.mirror(deployment, 0)
+        names = {"name": deployment, "endpoint_name": self.name}
+        self.gone(f"delete {deployment} of {self.name}", lambda c: c.online_deployments.begin_delete(**names))
+        self.until(lambda: self.deployments().get(deployment), f"deleting {deployment} of {self.name}")
 
     def delete(self) -> None:
         "Delete the endpoint with all its deployments; one that is not there is as good."
-        self.service.find(f"delete {self.name}", lambda c: c.online_endpoints.begin_delete(name=self.name).wait())
+        if self.find() is not None:
+            self.gone(f"delete {self.name}", lambda c: c.online_endpoints.begin_delete(name=self.name))
+            self.until(self.find, f"deleting {self.name}")
+
+    def gone(self, doing: str, work: Callable[[Any], Any]) -> None:
+        "Start a deletion and wait for its end; what another deleted meanwhile is as good."
+        try:
+            self.finish(doing, work)
+        except MissingError as e:
+            if getattr(e.__cause__, "status_code", None) != 404:
+                raise
 
 # %% ../../nbs/azureml/04_endpoint.ipynb #61a1f71c
-class EndpointBackend(Keeping):
+class EndpointBackend(Ending):
     "An endpoint as the back end of a rollout; revisions are its deployments."
 
     def traffic(self) -> dict[str, float]:

@@ -16,11 +16,24 @@ from ..core.resilience import Deadline
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'BUSY', 'ADVICE', 'facts', 'expired', 'passing', 'advice', 'explain', 'wait_for', 'steady']
+__all__ = ['T', 'BUSY', 'ADVICE', 'behind', 'facts', 'expired', 'passing', 'advice', 'explain', 'wait_for', 'steady']
 
 # %% ../../nbs/azureml/01a_failures.ipynb #009f4cc3
+def behind(error: BaseException) -> BaseException:
+    "The answer, or the lack of one, that an error of the SDK stands for: it wraps those of uploads in its own."
+    from azure.core.exceptions import HttpResponseError, ServiceRequestError, ServiceResponseError
+
+    inner: BaseException | None = error if type(error).__name__ == "AssetException" else None
+    while inner is not None:
+        if isinstance(inner, HttpResponseError | ServiceRequestError | ServiceResponseError):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    return error
+
+# %% ../../nbs/azureml/01a_failures.ipynb #07412d9f
 def facts(error: BaseException) -> tuple[int, str, str]:
     "HTTP status (0 if there was no answer), Azure's error code, and the message in one line."
+    error = behind(error)
     status = getattr(error, "status_code", None) or 0
     inner = getattr(error, "error", None)
     code = getattr(inner, "code", None) or getattr(error, "error_code", None) or ""
@@ -44,7 +57,7 @@ def passing(error: BaseException) -> bool:
 
     status, _, text = facts(error)
     updating = status == 409 and re.search(r"updating|in progress|being (created|modified|updated)", text, re.I)
-    lost = isinstance(error, ServiceRequestError | ServiceResponseError | ConnectionError)
+    lost = isinstance(behind(error), ServiceRequestError | ServiceResponseError | ConnectionError)
     return lost or status in BUSY or bool(updating) or expired(error)
 
 # %% ../../nbs/azureml/01a_failures.ipynb #94bf54b7
@@ -55,6 +68,7 @@ ADVICE = (
     (r"SkuNotAvailable|(size|sku).*(not (available|supported)|unavailable)", "choose a size that the region has:"
      " az vm list-skus --location REGION --size Standard_N"),
     (r"AuthorizationFailed|does not have authorization", "the role AzureML Data Scientist on the workspace is needed"),
+    (r"'computes/", "llmkit azure up makes the clusters of azure/compute_configs; llmkit azure status shows them"),
     (r"SubscriptionNotFound", "check the subscription: az account list"),
     (r"ResourceGroupNotFound", "check the resource group: az group list"),
 )  # fmt: skip
@@ -72,6 +86,7 @@ def explain(
     "The error of ours that says what an exception of the SDK means; None for one that is none of Azure's."
     from azure.core.exceptions import AzureError
 
+    error = behind(error)
     status, code, text = facts(error)
     families = {c.__name__ for c in type(error).__mro__}
     if "CredentialUnavailableError" in families or "DefaultAzureCredential failed" in text:
@@ -105,17 +120,18 @@ def steady(
     sleep: Callable[[float], Any] = time.sleep,
 ) -> T:
     "What `work` returns; tried again while Azure is busy or away, explained when it says no."
-    deadline, turn = Deadline(patience), 0
+    deadline, turn, renewed = Deadline(patience), 0, 0
     while True:
         try:
             return work()
         except Exception as e:  # the SDK raises from six families; what is none of them goes on
-            if not passing(e) or not deadline.left or (expired(e) and turn > 4):
+            if not passing(e) or not deadline.left or (expired(e) and renewed > 4):
                 known = explain(e, doing)
                 if known is None:
                     raise
                 raise known from e
             if expired(e):
                 renew()
+                renewed += 1
             sleep(min(wait_for(e, turn), deadline.left))
             turn += 1

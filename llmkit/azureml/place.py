@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +17,14 @@ from typing import Any
 
 from .assets import ensure_environment, environment_name
 from .command import notebook_call
+from .joblog import kept, lines_of, rest, steps
 from .line import line_spec
 from .rules import gpus_of
 from .schedule import make_schedule
 from .sheet import read_sheet
 from .spec import Target, check_sweep_values, job_spec, placed, sweep_spec
 from .submit import Sent, send, state_of
-from .workspace import VARIABLES, Service, Workspace, connect
+from .workspace import Service, connect
 from ..core.config import nearest
 from ..core.errors import ConfigError, RunError
 from ..core.resilience import Deadline
@@ -35,8 +34,8 @@ from ..runner.inspect import find_job
 from ..runner.manage import JobRow, State
 
 # %% auto #0
-__all__ = ['STATES', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting', 'Submitting',
-           'stream', 'lines_of', 'rest', 'Watching', 'AzurePlace']
+__all__ = ['STATES', 'PASSED_ON', 'moment', 'given_to', 'row_of', 'cluster_files', 'check_target', 'Azure', 'Aiming', 'Posting',
+           'Submitting', 'Filing', 'Watching', 'AzurePlace']
 
 # %% ../../nbs/azureml/08_place.ipynb #f06c2ace
 STATES: dict[str, State] = {
@@ -89,9 +88,8 @@ def check_target(target: Target, files: list[Path]) -> None:
         hint = f"ask for fewer, or raise max_instances in {sheet.path.name}"
         raise ConfigError(f"{target.compute} has {most} nodes, and {target.nodes} are asked for", hint)
     if gpus is not None and target.gpus > gpus:
-        raise ConfigError(
-            f"a node of {target.compute} has {gpus} GPUs, not {target.gpus}", f"give --gpus {gpus} at most"
-        )
+        hint = f"give --gpus {gpus} at most" if gpus else "leave out --gpus"
+        raise ConfigError(f"a node of {target.compute} has {gpus} GPUs, not {target.gpus}", hint)
 
 # %% ../../nbs/azureml/08_place.ipynb #a838a82b
 class Azure:
@@ -102,8 +100,9 @@ class Azure:
         service: Service | None = None,  # None finds the workspace as `connect` does
         home: str | Path = ".",  # the project: its azure/ and its code
         say: Callable[[str], Any] = print,
+        every: float = 1.0,  # seconds between two looks at a job that is waited for
     ) -> None:
-        self.found, self.home, self.say = service, Path(home), say
+        self.found, self.home, self.say, self.every = service, Path(home), say, every
 
     @property
     def service(self) -> Service:
@@ -120,6 +119,9 @@ class Azure:
         return job
 
 # %% ../../nbs/azureml/08_place.ipynb #e13f0c09
+PASSED_ON = ("APPLICATIONINSIGHTS_CONNECTION_STRING",)  # variables of ours that a job gets
+
+
 class Aiming(Azure):
     "A workspace whose clusters and environments are described in the project."
 
@@ -142,9 +144,10 @@ class Aiming(Azure):
         return folder if folder.exists() else target.environment
 
     def variables(self) -> dict[str, str]:
-        "What a job is told of where its code came from."
+        "What a job is told of where its code came from, and where its traces go: to where ours do."
+        told = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
         git = git_facts(self.home)
-        return {"LLMKIT_GIT": json.dumps(git)} if git else {}
+        return told | ({"LLMKIT_GIT": json.dumps(git)} if git else {})
 
 # %% ../../nbs/azureml/08_place.ipynb #551ea521
 class Posting(Aiming):
@@ -185,6 +188,10 @@ class Submitting(Posting):
         named = environment_name(self.source(target))
         return self.post(line_spec(data, preset, seed, target, named, self.variables()), "quickstart", target)
 
+# %% ../../nbs/azureml/08_place.ipynb #2827394b
+class Filing(Submitting):
+    "Azure ML as a place to send files to."
+
     def send_file(self, file: Path, label: str = "", limit_mb: float = 100.0) -> str:
         "Send the job, sweep or pipeline in a YAML file, or set the schedule; its id."
         kind = read_sheet(file).kind
@@ -198,39 +205,8 @@ class Submitting(Posting):
         self.tell(sent)
         return sent.name
 
-# %% ../../nbs/azureml/08_place.ipynb #35f13e04
-def stream(id: str) -> None:
-    "Print a job's log until it ends: what the process behind `logs` runs."
-    service = connect()
-    try:
-        service.client.jobs.stream(id)
-    except Exception as e:  # noqa: BLE001 - the job failed, or the connection did: its state tells
-        print(f"llmkit: {type(e).__name__}", file=sys.stderr)
-        sys.exit(3)
-
-# %% ../../nbs/azureml/08_place.ipynb #1369bc7c
-def lines_of(id: str, place: Workspace) -> Iterator[str]:
-    "The lines of one try to stream a job's log."
-    words = [sys.executable, "-u", "-c", f"from llmkit.azureml.place import stream; stream({id!r})"]
-    names = {VARIABLES[k][0]: getattr(place, k) for k in VARIABLES if getattr(place, k)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(words, env=os.environ | names, **pipes) as process:
-        try:
-            yield from (line.rstrip("\n") for line in process.stdout or ())
-        finally:
-            if process.poll() is None:
-                process.terminate()
-
-# %% ../../nbs/azureml/08_place.ipynb #24b3daf9
-def rest(told: list[str], lines: list[str]) -> list[str]:
-    "What of a log's `lines` has not been told; what has, stands in `told` in the same order, among other lines."
-    at = 0
-    for line in told:
-        at += at < len(lines) and line == lines[at]
-    return lines[at:]
-
 # %% ../../nbs/azureml/08_place.ipynb #943d36bc
-class Watching(Submitting):
+class Watching(Filing):
     "Azure ML as a place whose jobs are looked at."
 
     def list(self, limit: int = 50) -> list[JobRow]:
@@ -249,17 +225,12 @@ class Watching(Submitting):
                 if number >= len(told):
                     told.append(line)
                     yield line
-            time.sleep(1.0)
-        for lines in self.kept(id):
+            time.sleep(self.every)
+        job = self.job(id)  # an id that is none is an error, not an empty log
+        for lines in kept(self.service, id):
             yield from rest(told, lines)
-
-    def kept(self, id: str) -> list[list[str]]:
-        "The lines of each log that a job has left so far."
-        self.job(id)
-        with tempfile.TemporaryDirectory(prefix="llmkit-logs-") as folder:
-            self.service.call(f"read the log of {id}", lambda c: c.jobs.download(id, download_path=folder))
-            paths = sorted(Path(folder).rglob("user_logs/*.txt"))
-            return [p.read_text(encoding="utf-8", errors="replace").splitlines() for p in paths]
+        if getattr(job, "type", "") == "pipeline":
+            yield from steps(self.service, id)
 
 # %% ../../nbs/azureml/08_place.ipynb #79800220
 class AzurePlace(Watching):
@@ -273,7 +244,7 @@ class AzurePlace(Watching):
         self.service.call(f"cancel {id}", lambda c: c.jobs.begin_cancel(id).wait())
         while self.show(id).active:
             deadline.check(f"cancelling {id}", "look in the studio")
-            time.sleep(1.0)
+            time.sleep(self.every)
 
     def fetch(self, id: str, folder: Path) -> Path:
         "Copy what a job left behind to `folder`; it appears there whole or not at all."

@@ -21,9 +21,9 @@ from llmkit.azureml.assetfiles import (
 from .jobfiles import check_body, check_command, check_pipeline, check_sweep, compute_name
 from .rules import gpus_of
 from .sheet import Problem, Sheet, demand, read_sheet
-from .workspace import hushed
+from .workspace import hushed, sdk
 from ..core.config import nearest
-from ..core.errors import DataError, MissingError, require
+from ..core.errors import DataError, MissingError
 
 # %% auto #0
 __all__ = ['CHECKS', 'LOADERS', 'WORDS', 'parts', 'check_file', 'check_job_compute', 'check_job_environment', 'check_together',
@@ -131,9 +131,8 @@ LOADERS = {"command": "load_job", "sweep": "load_job", "pipeline": "load_job", "
 
 def sdk_load(path: str | Path, kind: str) -> Any:
     "A file as an object of the SDK."
-    sdk: Any = require("azure.ai.ml", "azure")
     with hushed():
-        return getattr(sdk, LOADERS[kind])(source=str(path))
+        return getattr(sdk(), LOADERS[kind])(source=str(path))
 
 # %% ../../nbs/azureml/02_preflight.ipynb #989cc6d1
 WORDS = {"Unknown field.": "is no setting there", "Missing data for required field.": "is missing"}

@@ -120,6 +120,9 @@ class Sheet(Part):
 def read_sheet(path: str | Path) -> Sheet:
     "A YAML file as a sheet; one that cannot be read has that as its only problem."
     sheet = Sheet(Path(path), {})
+    if not sheet.path.is_file():
+        sheet.say("", "is not there" if not sheet.path.exists() else "is no file", "check the path")
+        return sheet
     try:
         sheet.data = read_settings(path)
     except ConfigError as e:

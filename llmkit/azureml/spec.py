@@ -152,7 +152,7 @@ def frame(
     spec |= machines(target)
     spec["outputs"] = {"run": {"type": "uri_folder", "mode": "rw_mount"}}
     spec |= {"limits": {"timeout": target.timeout}, "identity": {"type": target.identity}}
-    spec["environment_variables"] = {"LLMKIT_JOB": "azureml"} | dict(variables or {})
+    spec["environment_variables"] = {"LLMKIT_ECHO": "1"} | dict(variables or {})
     spec["resources"] |= {"instance_type": place["size"]} if "size" in place else {}
     return {k: v for k, v in spec.items() if v not in ({}, "", None)}
 

@@ -87,7 +87,7 @@ def packed(spec: Any, base: Path, parcel: Parcel, build: bool = False) -> Any:
 
 # %% ../../nbs/azureml/03_submit.ipynb #f888e86b
 ASIDE = ("name", "display_name", "description", "tags", "experiment_name")
-SAID = ("LLMKIT_GIT",)  # variables that tell where code came from, not what it is
+SAID = ("LLMKIT_GIT", "APPLICATIONINSIGHTS_CONNECTION_STRING")  # variables that do not change what a job does
 
 
 def essence(spec: Any, parcel: Parcel) -> Any:

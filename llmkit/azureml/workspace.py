@@ -10,9 +10,10 @@ import io
 import logging
 import os
 import re
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +26,8 @@ from ..core.run import read_json
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'FILES', 'VARIABLES', 'TOLD', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file',
-           'FileToken', 'credential', 'make_client', 'hushed', 'Service', 'connect']
+__all__ = ['T', 'FILES', 'VARIABLES', 'Workspace', 'config_file', 'from_file', 'find_workspace', 'cloud_file', 'FileToken',
+           'credential', 'sdk', 'make_client', 'hushed', 'Service', 'connect']
 
 # %% ../../nbs/azureml/01_workspace.ipynb #ad84514e
 @dataclass(kw_only=True)
@@ -94,9 +95,11 @@ def find_workspace(
     values |= {k: v for k, v in (given or {}).items() if v}
     missing = [k for k in FILES if k not in values]
     if missing:
-        ways = [f"{k} (--{k.replace('_', '-')}, {VARIABLES[k][0]} or {FILES[k]!r} in config.json)" for k in missing]
-        looked = f"config.json lacks it: {path}" if path else "there is no config.json here or above"
-        raise ConfigError(f"no workspace: {', '.join(ways)} not given; {looked}", "download config.json in the studio")
+        what = ", ".join(f"{k} ({VARIABLES[k][0]})" for k in missing)
+        looked = f"{path} does not name it" if path else "there is no config.json here or above"
+        raise ConfigError(
+            f"no workspace: {what} not set, and {looked}", "download config.json in the studio, or set it"
+        )
     return Workspace.from_dict(values)
 
 # %% ../../nbs/azureml/01_workspace.ipynb #22b2bd16
@@ -136,23 +139,27 @@ def credential(tenant: str = "", cloud: Mapping[str, Any] | None = None) -> Any:
     identity: Any = require("azure.identity", "azure")
     return identity.DefaultAzureCredential(**({"additionally_allowed_tenants": [tenant]} if tenant else {}))
 
+# %% ../../nbs/azureml/01_workspace.ipynb #efd16ba0
+def sdk(
+    environ: MutableMapping[str, str] = os.environ,
+    known: Container[str] = sys.modules,  # what has been imported
+) -> Any:
+    "The SDK, which takes seconds to import."
+    if environ.get("LLMKIT_AZURE_CLOUD") and "azure.ai.ml" not in known:
+        environ.pop("AZUREML_CURRENT_CLOUD", None)
+    return require("azure.ai.ml", "azure")
+
 # %% ../../nbs/azureml/01_workspace.ipynb #a83432d7
-TOLD: set[str] = set()  # clouds that the SDK of this process knows
-
-
 def make_client(place: Workspace, cloud: Mapping[str, Any]) -> Any:
     "An `MLClient` for a workspace; importing it takes seconds, so it happens here."
-    sdk: Any = require("azure.ai.ml", "azure")
-    options: dict[str, Any] = {"enable_telemetry": False, "show_progress": False}
+    # An upload that fails is an error of the progress bar alone: without one, the SDK waits for it for ever.
+    options: dict[str, Any] = {"enable_telemetry": False, "show_progress": True}
     if cloud:
-        options["cloud"] = cloud.get("cloud", "LlmkitCloud")
-        if options["cloud"] not in TOLD:  # the SDK keeps what it was told, and refuses to hear it twice
-            TOLD.add(options["cloud"])
-            options["cloud_metadata"] = cloud["cloud_metadata"]
+        options |= {"cloud": cloud.get("cloud", "LlmkitCloud"), "cloud_metadata": cloud["cloud_metadata"]}
         if cloud.get("certificate"):
             os.environ["REQUESTS_CA_BUNDLE"] = cloud["certificate"]
     names = (place.subscription, place.resource_group, place.workspace)
-    return sdk.MLClient(credential(place.tenant, cloud), *names, **options)
+    return sdk().MLClient(credential(place.tenant, cloud), *names, **options)
 
 # %% ../../nbs/azureml/01_workspace.ipynb #0e00d953
 @contextlib.contextmanager

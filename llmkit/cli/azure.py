@@ -22,7 +22,8 @@ EndpointName = Annotated[str, typer.Option("--endpoint", help="Name of the endpo
 
 # %% auto #0
 __all__ = ['app', 'Subscription', 'Group', 'Name', 'Clusters', 'EndpointName', 'DEPLOYMENTS', 'workspace', 'endpoint', 'check',
-           'up', 'down', 'shown', 'status', 'deploy', 'parts', 'traffic', 'logs', 'rotate', 'delete', 'register']
+           'up', 'down', 'shown', 'status', 'deploy', 'part', 'parts', 'traffic', 'logs', 'keys', 'rotate', 'delete',
+           'register']
 
 # %% ../../nbs/cli/07_azure.ipynb #7b7e9a57
 DEPLOYMENTS = Path("azure/deployment_configs")
@@ -102,7 +103,7 @@ def shown(rows: list[dict[str, Any]]) -> None:
 def status(subscription: Subscription = "", group: Group = "", name: Name = "") -> None:
     "Show the clusters that azure/ describes with nodes and price, and the endpoints with their traffic."
     from llmkit.azureml.compute import status as stand
-    from llmkit.azureml.compute import word
+    from llmkit.azureml.waiting import word
 
     service = workspace(subscription, group, name)
     print(service.place)
@@ -138,16 +139,19 @@ def deploy(
         print(f"{made} gets all traffic")
 
 # %% ../../nbs/cli/07_azure.ipynb #d85f2f02
+def part(word: str) -> tuple[str, int]:
+    "`blue=90` as a name and a percentage."
+    name, _, share = word.partition("=")
+    if not name or not share.isdigit():
+        raise ConfigError(f"{word!r} is no share of the traffic", "write NAME=PERCENT: blue=90")
+    return name, int(share)
+
+# %% ../../nbs/cli/07_azure.ipynb #3960c649
 def parts(words: list[str]) -> dict[str, int]:
     "`blue=90 green=10` as percents."
-    found: dict[str, int] = {}
-    for word in words:
-        name, _, share = word.partition("=")
-        if not share.isdigit() or name in found:
-            raise ConfigError(
-                f"{word!r} is no share of the traffic", "write NAME=PERCENT, once a name: blue=90 green=10"
-            )
-        found[name] = int(share)
+    found = dict(map(part, words))
+    if len(found) != len(words):
+        raise ConfigError(f"{' '.join(words)} names a deployment twice", "write each name once")
     if sum(found.values()) != 100:
         raise ConfigError(f"the shares make {sum(found.values())} %", "let them make 100")
     return found
@@ -163,11 +167,11 @@ def traffic(
     name: Name = "",
 ) -> None:
     "Set the traffic of an endpoint, and wait until it is what was asked for."
-    target, want = endpoint(workspace(subscription, group, name), endpoint_name), parts(shares)
+    want, copied = parts(shares), part(mirror) if mirror else None
+    target = endpoint(workspace(subscription, group, name), endpoint_name)
     target.put(want)
-    if mirror:
-        who, _, share = mirror.partition("=")
-        target.mirror(who, int(share) if share.isdigit() else -1)
+    if copied:
+        target.mirror(*copied)
     print(", ".join(f"{n} {s} %" for n, s in target.shares().items()))
 
 # %% ../../nbs/cli/07_azure.ipynb #eeb54d6a
@@ -182,6 +186,18 @@ def logs(
 ) -> None:
     "Print what a deployment's container printed."
     print("\n".join(endpoint(workspace(subscription, group, name), endpoint_name).logs(deployment, lines)))
+
+# %% ../../nbs/cli/07_azure.ipynb #d0220d13
+@app.command()
+def keys(
+    endpoint_name: EndpointName = "",
+    subscription: Subscription = "",
+    group: Group = "",
+    name: Name = "",
+) -> None:
+    "Print the base address for clients of OpenAI's API, and the endpoint's two keys."
+    target = endpoint(workspace(subscription, group, name), endpoint_name)
+    print(target.address(), *target.keys(), sep="\n")
 
 # %% ../../nbs/cli/07_azure.ipynb #9ad00499
 @app.command()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .run import follow, place_named, short
+from .run import follow, place_named, short, tell_sweep
 from ..core.errors import RunError
 
 app = typer.Typer(
@@ -73,16 +73,14 @@ def list_jobs(
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON a job.")] = False,
 ) -> None:
     "List the newest jobs."
-    from rich.console import Console
-
-    from llmkit.runner.manage import table
+    from llmkit.runner.manage import put, table
 
     rows = place_named(on).list(limit)
     if as_json:
         print("\n".join(json.dumps(row.to_dict()) for row in rows))
         return
     if rows:
-        Console(soft_wrap=True).print(table(rows))
+        put(table(rows))
     elif not elsewhere(limit):
         print("no jobs yet; start one with: llmkit run JOB --background")
     for where in elsewhere(limit) - {on}:
@@ -101,11 +99,7 @@ def show(id: Id = "", on: On = "", as_json: Annotated[bool, typer.Option("--json
         return
     print(describe_row(row))
     if row.folder and (row.folder / "sweep.json").exists():
-        from rich.console import Console
-
-        from llmkit.runner.sweep import result_table, results
-
-        Console(soft_wrap=True).print(result_table(results(row.folder)))
+        tell_sweep(row.folder)
 
 # %% ../../nbs/cli/06_jobs.ipynb #5575f1f2
 @app.command()

@@ -14,8 +14,8 @@ import typer
 from ..core.errors import ConfigError, Preempted, RunError
 
 # %% auto #0
-__all__ = ['PLACES', 'EXTRAS', 'given', 'read_params', 'place_named', 'send', 'follow', 'short', 'tell', 'foreground', 'refuse',
-           'planned', 'implied', 'begin', 'fitting', 'run']
+__all__ = ['PLACES', 'EXTRAS', 'given', 'read_params', 'place_named', 'send', 'follow', 'short', 'tell', 'tell_sweep',
+           'foreground', 'refuse', 'planned', 'implied', 'begin', 'fitting', 'run']
 
 # %% ../../nbs/cli/02a_run.ipynb #f65bc655
 def given(words: list[str]) -> dict[str, str]:
@@ -102,21 +102,27 @@ def short(path: Path) -> Path:
 
 # %% ../../nbs/cli/02a_run.ipynb #b52c8bc8
 def tell(folder: Path, result: dict[str, Any]) -> None:
-    "Print what a run measured; for a sweep, its table."
+    "Print what a run measured and where its notebook is."
     from llmkit.core.run import read_json
+    from llmkit.runner.display import number
 
-    table = folder / "table.csv"
-    if (folder / "sweep.json").exists():
-        from rich.console import Console
-
-        from llmkit.runner.sweep import result_table, results
-
-        Console(soft_wrap=True).print(result_table(results(folder)))
-        print(short(table if table.exists() else folder))
-        return
     for name, value in result.get("metrics", {}).items():
-        print(f"{name} = {value:.6g}")
+        print(f"{name} = {number(value)}")
     print(short(folder / Path(read_json(folder / "job.json")["notebook"]).name))
+
+# %% ../../nbs/cli/02a_run.ipynb #25cdd7c3
+def tell_sweep(folder: Path) -> None:
+    "Print the table of a sweep and where the whole of it is."
+    from llmkit.core.run import read_json
+    from llmkit.runner.manage import put
+    from llmkit.runner.sweep import result_table, results
+
+    put(result_table(results(folder)))
+    print(short(folder / "table.csv" if (folder / "table.csv").exists() else folder))
+    if (folder / "mlflow.json").exists():
+        base, _, path = read_json(folder / "mlflow.json")["uri"].partition(":///")
+        uri = f"{base}:///{short(Path(path))}" if base == "sqlite" else f"{base}:///{path}" if path else base
+        print(f"curves: mlflow ui --backend-store-uri {uri}")
 
 # %% ../../nbs/cli/02a_run.ipynb #aa51d0d1
 def foreground(folder: Path) -> None:
@@ -135,8 +141,11 @@ def foreground(folder: Path) -> None:
         finally:
             display.end(name, status)
             if status == "failed" and (folder / "table.csv").exists():
-                tell(folder, {})
-    tell(folder, result)
+                tell_sweep(folder)
+    if (folder / "sweep.json").exists():
+        tell_sweep(folder)
+    else:
+        tell(folder, result)
 
 # %% ../../nbs/cli/02a_run.ipynb #ed07846d
 def refuse(options: dict[str, Any], hint: str) -> None:
@@ -156,7 +165,11 @@ def planned(
         from llmkit.runner.sweep import grid
 
         return grid(job, values)
-    whole = check(job, values, text=True)
+    try:
+        whole = check(job, values, text=True)
+    except ConfigError as e:
+        meant = any(f"{name} = " in e.message and "," in str(value) for name, value in values.items())
+        raise ConfigError(e.message, f"{e.hint}; add --sweep for a run with each value" if meant else e.hint) from e
     return {name: whole[name] for name in values}, {}, []
 
 # %% ../../nbs/cli/02a_run.ipynb #a6ee9785

@@ -13,7 +13,7 @@ from .config import Config
 from .errors import ConfigError
 
 # %% auto #0
-__all__ = ['no_twins', 'read_yaml', 'read_settings', 'to_yaml']
+__all__ = ['no_twins', 'read_yaml', 'why', 'read_settings', 'to_yaml']
 
 # %% ../../nbs/core/01a_settings.ipynb #97952f00
 def no_twins(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
@@ -37,8 +37,18 @@ def read_yaml(text: str) -> Any:
     Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
     try:
         return yaml.load(text, Loader)
+    except yaml.MarkedYAMLError as e:
+        line = f" in line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"not valid YAML{line}: {e.problem or e.context}") from e
     except (yaml.YAMLError, TypeError) as e:
         raise ConfigError(f"not valid YAML: {' '.join(str(e).split())}") from e
+
+# %% ../../nbs/core/01a_settings.ipynb #bc875884
+def why(error: OSError | ValueError) -> str:
+    "The reason in an error of reading a file, without the file's name."
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no UTF-8 text"
+    return getattr(error, "strerror", None) or str(error)
 
 # %% ../../nbs/core/01a_settings.ipynb #bf773a6a
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -48,11 +58,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         is_json = Path(path).suffix == ".json"
         found = json.loads(text, object_pairs_hook=no_twins) if is_json else read_yaml(text)
     except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot read the settings in {path}: {e}", "give a YAML or JSON file") from e
+        raise ConfigError(f"cannot read the settings in {path}: {why(e)}", "give a YAML or JSON file") from e
     except ConfigError as e:
         raise ConfigError(f"{path}: {e.message}", e.hint) from e
     if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no settings", "one `name: value` a line, for example port: 8000")
+        raise ConfigError(f"{path} holds no settings", "write one `name: value` a line")
     return found
 
 # %% ../../nbs/core/01a_settings.ipynb #28be463b

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = ['tracking_client', 'experiment_id', 'start_parent', 'points', 'log_ru
 # %% ../../nbs/core/02a_tracking.ipynb #e4755939
 def tracking_client(uri: str) -> Any:
     "An `MlflowClient` for the tracking and registry address `uri`, e.g. `sqlite:///runs/mlflow.db`."
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
     from mlflow import MlflowClient
 

@@ -140,13 +140,20 @@ def post_label(client: Any, request_id: str, name: str, value: float) -> None:
     client.post("/feedback", cast_to=object, body={"request_id": request_id, "name": name, "value": value})
 
 # %% ../../nbs/deployment/01_traffic.ipynb #401792c3
-def ask_accuracy(client: Any, ids: Sequence[int], model: str = "llmkit", session: str = "") -> Reply:
-    "Score one window of token ids and post its next-token accuracy as label 'accuracy'; it is also `value`."
+def ask_accuracy(
+    client: Any,
+    ids: Sequence[int],
+    model: str = "llmkit",
+    session: str = "",
+    post: bool = True,  # also to the server's log
+) -> Reply:
+    "Score one window of token ids: `value` is its next-token accuracy, posted as label 'accuracy'."
 
     def work(reply: Reply) -> None:
         choice = read_reply(send(client, ids, model, session, max_tokens=0, echo=True, logprobs=1), reply)
         reply.value = next_token_accuracy(choice.logprobs)
-        post_label(client, reply.id, "accuracy", reply.value)
+        if post:
+            post_label(client, reply.id, "accuracy", reply.value)
 
     return timed(work, session)
 
@@ -163,11 +170,12 @@ class LabelLoop:
         concurrency: int = 8,
         seed: int = 0,  # of the order
         timeout: float = 30.0,
+        post: bool = True,  # labels to the server's log; not where a label may reach another server than its reply
     ) -> None:
         if not len(windows):
             raise DataError("no windows of held-out text to send", "take more of the held-out split")
         self.client, self.windows, self.model = make_client(url, api_key, timeout), windows, model
-        self.concurrency, self.sent, self.rng = concurrency, 0, np.random.default_rng(seed)
+        self.concurrency, self.sent, self.rng, self.post = concurrency, 0, np.random.default_rng(seed), post
         self.name = f"{time.time_ns():x}"
         self.order = itertools.chain.from_iterable(self.rng.permutation(len(windows)) for _ in itertools.count())
 
@@ -179,7 +187,7 @@ class LabelLoop:
 
     def one(self, item: tuple[int, str]) -> Reply:
         "The labelled reply to one (window, session)."
-        return ask_accuracy(self.client, self.windows[item[0]], self.model, item[1])
+        return ask_accuracy(self.client, self.windows[item[0]], self.model, item[1], self.post)
 
     def close(self) -> None:
         "Close the connections."

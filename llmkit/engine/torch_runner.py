@@ -19,9 +19,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..core.errors import ConfigError, MissingError, ModelError, RunError
 from .adapters import AdapterBank
+from .decode_attention import use_decode_attention
 from .graphs import StepGraphs, cuda_record
 from .runners import Capabilities
 from .torch_cache import RowCache, RowMemory, Span, read_block, write_block
+from ..kernels.launch import able
 
 # %% auto #0
 __all__ = ['torch_threads', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters', 'load_causal', 'TorchSlots',
@@ -163,7 +165,10 @@ def load_causal(folder: str | Path, device: str) -> Any:
     place, dtype = pick_device(device)
     kw = {"dtype": dtype, "local_files_only": True, "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **kw)
-    return model.to(place).eval()
+    model = model.to(place).eval()
+    if able(model.device) and type(model)._supports_attention_backend:
+        use_decode_attention(model)
+    return model
 
 # %% ../../nbs/engine/04b_torch_runner.ipynb #85d6598e
 class TorchSlots(TorchModel, SlotAdapters):

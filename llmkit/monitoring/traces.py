@@ -63,11 +63,11 @@ def measurements(row: RequestRow) -> list[tuple[str, float, dict[str, Any]]]:
     return found + [("gen_ai.client.token.usage", n, {"gen_ai.token.type": kind}) for kind, n in used]
 
 # %% ../../nbs/monitoring/01a_traces.ipynb #55cc8a53
-def make_span(tracer: Any, row: RequestRow) -> None:
-    "The span of a request that has ended."
+def make_span(tracer: Any, row: RequestRow, run: str = "") -> None:
+    "The span of a request that has ended; it names the run itself, as Application Insights drops what a resource says."
     from opentelemetry.trace import SpanKind, Status, StatusCode
 
-    found, start = span_attributes(row), int(row.time * 1e9)
+    found, start = span_attributes(row) | ({"llmkit.run_id": run} if run else {}), int(row.time * 1e9)
     name = f"{found['gen_ai.operation.name']} {row.alias}"
     span = tracer.start_span(name, kind=SpanKind.SERVER, attributes=found, start_time=start)
     if row.status >= 500:
@@ -105,7 +105,7 @@ class Telemetry:
             n: meter.create_histogram(n, unit, explicit_bucket_boundaries_advisory=bounds)
             for n, (unit, bounds) in MEASURES.items()
         }
-        self.dropped, self._queue = 0, queue.Queue[RequestRow | None](capacity)
+        self.dropped, self._run, self._queue = 0, run, queue.Queue[RequestRow | None](capacity)
         self._thread = threading.Thread(target=self._work, name="telemetry", daemon=True)
         self._thread.start()
 
@@ -125,7 +125,7 @@ class Telemetry:
 
     def _work(self) -> None:
         while (row := self._queue.get()) is not None:
-            make_span(self._tracer, row)
+            make_span(self._tracer, row, self._run)
             for measure, value, more in measurements(row):
                 self._measures[measure].record(value, attributes(row) | more)
 

@@ -136,7 +136,8 @@ class Store(Objects):
 
     def add(self, name: str, source: str | Path) -> dict[str, int]:
         "Keep a folder; `{'bytes', 'new'}`: its size, and what was added to the store."
-        files, new = {}, 0
+        files: dict[str, Any] = {}
+        new = 0
         for path in sorted(p for p in Path(source).rglob("*") if p.is_file()):
             made = list(pieces(path))
             new += sum(self.keep(path, piece) for piece in made)

@@ -58,7 +58,7 @@ def book(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         vacant(folder)
-        claim(folder, job, placed(values, folder))
+        claim(folder, job, placed(values, folder), params)
         if runs:
             write_json(folder / "sweep.json", {"runs": runs, "parallel": parallel})
         before = read_status(folder)
@@ -87,7 +87,8 @@ def end_with_parent() -> None:
     "Have this process sent SIGTERM when its standard input ends."
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not sys.stdin.read(), whose lock Python would wait for at its end
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -101,8 +102,8 @@ def main() -> None:
     try:
         job = read_json(folder / "job.json")["job"]
         with Display({job: 0.0}, live=False) as display:
-            display.start(job, folder / "progress.jsonl")
-            attempt(folder)  # which notes its end, so the display need not
+            display.watch(job, folder / "progress.jsonl")
+            attempt(folder)  # which notes its start and its end, so the display need not
     except LLMKitError as e:
         if getattr(read_status(folder), "message", "") != str(e):
             print(f"error: {e}", flush=True)

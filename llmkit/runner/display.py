@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from ..core.progress import latest
 Status = Literal["waiting", "running", "finished", "kept", "failed", "skipped"]
 
 # %% auto #0
-__all__ = ['Status', 'MARKS', 'clock', 'phrase', 'Row', 'draw', 'live_table', 'say', 'narrate', 'Display']
+__all__ = ['Status', 'MARKS', 'clock', 'phrase', 'number', 'Row', 'draw', 'live_table', 'say', 'narrate', 'Display']
 
 # %% ../../nbs/runner/02a_display.ipynb #b06b9219
 def clock(seconds: float) -> str:
@@ -35,6 +36,12 @@ def phrase(progress: dict[str, Any] | None) -> str:
     values = {k: v for k, v in progress.items() if k not in ("time", "what", "done", "total")}
     numbers = [f"{k} {v:.4g}" if isinstance(v, int | float) else f"{k} {v}" for k, v in values.items()]
     return ", ".join([f"{progress['what']} {progress['done']}{total}", *numbers])
+
+# %% ../../nbs/runner/02a_display.ipynb #f072d51c
+def number(value: float) -> str:
+    "A number as a person reads it: `768,802,816`, `5.714`."
+    whole = abs(value) >= 1000 or (value == int(value) if math.isfinite(value) else False)
+    return f"{value:,.0f}" if whole and math.isfinite(value) else f"{value:.4g}"
 
 # %% ../../nbs/runner/02a_display.ipynb #b4894c82
 @dataclass
@@ -93,11 +100,12 @@ def draw(rows: list[Row]) -> Any:
         line = row.progress()
         bar = ProgressBar(line["total"], line["done"], width=20) if line and line.get("total") else ""
         took = clock(row.elapsed) if row.elapsed else ""
-        left = f"{clock(row.left())} left" if row.status == "running" else ""
+        left = f"{clock(row.left())} left" if row.status == "running" and row.left() >= 1 else ""
         table.add_row(MARKS[row.status], row.name, bar, escape(phrase(line)), took, left)
     all_took, all_left = sum(r.elapsed for r in rows), sum(r.left() for r in rows)
-    left = f"{clock(all_left)} left" if all_left else ""
-    table.add_row("", "[bold]all[/]", "", "", f"[bold]{clock(all_took)}[/]", left)
+    left = f"{clock(all_left)} left" if all_left >= 1 else ""
+    if len(rows) > 1:
+        table.add_row("", "[bold]all[/]", "", "", f"[bold]{clock(all_took)}[/]", left)
     return table
 
 # %% ../../nbs/runner/02a_display.ipynb #b8f7bc11
@@ -110,7 +118,8 @@ def live_table(rows: list[Row]) -> Any:
 # %% ../../nbs/runner/02a_display.ipynb #9af73077
 def say(rows: list[Row], row: Row, text: str) -> None:
     "Print a plain line about one of the stages."
-    print(f"[{rows.index(row) + 1}/{len(rows)}] {row.name}: {text}", flush=True)
+    place = f"[{rows.index(row) + 1}/{len(rows)}] " if len(rows) > 1 else ""
+    print(f"{place}{row.name}: {text}", flush=True)
 
 # %% ../../nbs/runner/02a_display.ipynb #4903b056
 def narrate(rows: list[Row], over: threading.Event, every: float) -> None:
@@ -118,7 +127,8 @@ def narrate(rows: list[Row], over: threading.Event, every: float) -> None:
     while not over.wait(every):
         for row in rows:
             if row.status == "running" and (words := phrase(row.progress())):
-                say(rows, row, f"{words}, {clock(row.elapsed)}, about {clock(row.left())} left")
+                left = f", about {clock(row.left())} left" if row.left() >= 1 else ""  # 0 is also: nobody knows
+                say(rows, row, f"{words}, {clock(row.elapsed)}{left}")
 
 # %% ../../nbs/runner/02a_display.ipynb #3b8d64e0
 class Display:
@@ -140,10 +150,15 @@ class Display:
         self.over.set()
         self.table.close()
 
-    def start(self, name: str, file: Path | None = None) -> None:
-        "Stage `name` starts and writes its progress to `file`."
+    def watch(self, name: str, file: Path | None = None) -> Row:
+        "Show from now on how far stage `name` is, which writes its progress to `file`."
         row = next(r for r in self.rows if r.name == name)
         row.status, row.started, row.file, row.first = "running", time.time(), file, None
+        return row
+
+    def start(self, name: str, file: Path | None = None) -> None:
+        "Say that stage `name` starts, and watch it."
+        row = self.watch(name, file)
         if not self.is_live:
             say(self.rows, row, f"started (budget {clock(row.budget_s)})" if row.budget_s else "started")
 

@@ -27,7 +27,8 @@ from .run import GRACE, end_leftover
 from .status import Status, alive, read_status, standing
 
 # %% auto #0
-__all__ = ['PRIVATE', 'row_of', 'row_or_reason', 'Tail', 'printed', 'stop', 'copy', 'resume', 'Here']
+__all__ = ['PRIVATE', 'row_of', 'row_or_reason', 'Tail', 'printed', 'tell_to_stop', 'outlast', 'stop', 'copy', 'resume',
+           'run_folder', 'Looking', 'Here']
 
 # %% ../../nbs/runner/04d_here.ipynb #c1bbbb95
 def row_of(folder: Path, id: str) -> JobRow:
@@ -36,7 +37,8 @@ def row_of(folder: Path, id: str) -> JobRow:
     job: dict[str, Any] = {"job": "", "params": {}}
     job |= read_json(folder / "job.json") if (folder / "job.json").exists() else {}
     message = phrase(latest(folder / "progress.jsonl")) if status.state == "running" else status.message
-    how: dict[str, Any] = {"started": status.started, "ended": status.ended, "params": job["params"]}
+    how: dict[str, Any] = {"started": status.started, "ended": status.ended}
+    how["params"] = {name: job["params"][name] for name in job.get("given", job["params"])}
     return JobRow(status.id, job["job"], "here", status.state, folder=folder, message=message, **how)
 
 # %% ../../nbs/runner/04d_here.ipynb #4d76f5b2
@@ -82,25 +84,36 @@ def printed(folder: Path, follow: bool, every: float = 0.2) -> Iterator[str]:
             return
         time.sleep(every)
 
-# %% ../../nbs/runner/04d_here.ipynb #5a9c8660
-def stop(folder: Path, patience: float = GRACE + 10) -> None:
-    "End the run in `folder` for its owner; it is over when this returns."
-    status, end = standing(folder), time.monotonic() + patience
-    if status is None or status.state not in ACTIVE:
-        return
+# %% ../../nbs/runner/04d_here.ipynb #794b6ab7
+def tell_to_stop(folder: Path) -> None:
+    "Mark the run in `folder` as cancelled, and send SIGTERM to its process."
     (folder / ".cancel").touch()
     status = read_status(folder)  # from here on, one that is queued sees the mark before it starts
     with suppress(ProcessLookupError):
         if status and status.state == "running" and alive(status):
             os.kill(status.pid, signal.SIGTERM)
+
+# %% ../../nbs/runner/04d_here.ipynb #00cd180a
+def outlast(folder: Path, patience: float) -> None:
+    "Wait until the run in `folder` is over; kill it after `patience` seconds."
+    end = time.monotonic() + patience
     while (now := standing(folder)) and now.state in ACTIVE:
         if time.monotonic() > end:
             with suppress(ProcessLookupError):
                 os.kill(now.pid, signal.SIGKILL)
         time.sleep(0.05)
-    status, end = read_status(folder), time.monotonic() + 5
+    status, end = read_status(folder), time.monotonic() + GRACE
     while status and status.pid != os.getpid() and alive(status) and time.monotonic() < end:
         time.sleep(0.02)  # it has said so, and is on its way out
+
+# %% ../../nbs/runner/04d_here.ipynb #5a9c8660
+def stop(folder: Path, patience: float = GRACE + 10) -> None:
+    "End the run in `folder` for its owner; it is over when this returns."
+    status = standing(folder)
+    if status is None or status.state not in ACTIVE:
+        return
+    tell_to_stop(folder)
+    outlast(folder, patience)
     for run in folder.glob("*/status.json"):  # of a sweep that had to be killed
         stop(run.parent, patience)
     with suppress(RunError), locked(folder):  # held: somebody has started it again meanwhile
@@ -134,54 +147,60 @@ def resume(folder: Path) -> str:
         queue(folder, id)
     return start(folder)
 
+# %% ../../nbs/runner/04d_here.ipynb #9cd12e0b
+def run_folder(id: str) -> Path:
+    "The run folder of a job: `id` is an id, the beginning of one, or a run folder."
+    if (Path(id) / "status.json").exists():
+        return Path(id).resolve()
+    id, _, run = id.partition("/")
+    entry = find(id)
+    if entry.folder is None:
+        raise RunError(f"{entry.id} does not run here", f"add --on {entry.where}")
+    if run and not (entry.folder / run / "status.json").exists():
+        raise RunError(f"{entry.id} has no run {run!r}", f"llmkit jobs show {entry.id} lists them")
+    return entry.folder / run
+
+# %% ../../nbs/runner/04d_here.ipynb #1199c009
+class Looking:
+    "Jobs on this machine, looked at."
+
+    def list(self, limit: int = 50) -> list[JobRow]:
+        "The newest jobs, newest first."
+        here = ((row_or_reason(entry.folder, entry.id), entry.id) for entry in entries() if entry.folder)
+        # A folder that was emptied and used again is on the list twice; the later entry is the run that is there.
+        return list(islice((row for row, id in here if row.id == id), limit))
+
+    def show(self, id: str) -> JobRow:
+        "How a job stands."
+        folder = run_folder(id)
+        return row_of(folder, folder.name)
+
+    def logs(self, id: str, follow: bool) -> Iterator[str]:
+        "The lines that a job printed; with `follow`, until it ends."
+        return printed(run_folder(id), follow)
+
 # %% ../../nbs/runner/04d_here.ipynb #6ffb3fa2
-class Here:
+class Here(Looking):
     "Jobs on this machine."
 
     def submit(self, notebook: Path, params: dict[str, Any], **options: Any) -> str:
         "Start a job in the background and return its id; `options` are those of `runner.attempt.book`."
         return start(book(notebook, params, **options))
 
-    def folder(self, id: str) -> Path:
-        "The run folder of a job: `id` is an id, the beginning of one, or a run folder."
-        if (Path(id) / "status.json").exists():
-            return Path(id).resolve()
-        id, _, run = id.partition("/")  # a run of a sweep has the sweep's id before its name
-        entry = find(id)
-        if entry.folder is None:
-            raise RunError(f"{entry.id} does not run here", f"add --on {entry.where}")
-        if run and not (entry.folder / run / "status.json").exists():
-            raise RunError(f"{entry.id} has no run {run!r}", f"llmkit jobs show {entry.id} lists them")
-        return entry.folder / run
-
-    def list(self, limit: int = 50) -> list[JobRow]:
-        "The newest jobs, newest first."
-        here = ((entry.folder, entry.id) for entry in entries() if entry.folder)
-        return [row_or_reason(folder, id) for folder, id in islice(here, limit)]
-
-    def show(self, id: str) -> JobRow:
-        "How a job stands."
-        folder = self.folder(id)
-        return row_of(folder, folder.name)
-
-    def logs(self, id: str, follow: bool) -> Iterator[str]:
-        "The lines that a job printed; with `follow`, until it ends."
-        return printed(self.folder(id), follow)
-
     def cancel(self, id: str) -> None:
         "Stop a job; it is over when this returns."
         row = self.show(id)
         if not row.active:
             raise RunError(f"{row.id} does not run, it is {row.state}", "llmkit jobs lists what does")
-        stop(self.folder(id))
+        stop(run_folder(id))
 
     def fetch(self, id: str, folder: Path) -> Path:
         "Copy what a job left behind to `folder`, and return where that is."
         row = self.show(id)
         if row.active:
             raise RunError(f"{row.id} is {row.state}", "fetch it when it has ended")
-        return copy(self.folder(id), folder.resolve())
+        return copy(run_folder(id), folder.resolve())
 
     def resume(self, id: str) -> str:
         "Start a job again that was preempted, cancelled or failed; it goes on in its folder."
-        return resume(self.folder(id))
+        return resume(run_folder(id))

@@ -5,6 +5,7 @@
 # %% ../../nbs/runner/04a_index.ipynb #d2a8166d
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import os
@@ -14,11 +15,10 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from ..core.config import nearest
 from ..core.errors import RunError
 
 # %% auto #0
-__all__ = ['home', 'Entry', 'backwards', 'entries', 'new_id', 'torn', 'enrol', 'find']
+__all__ = ['home', 'Entry', 'backwards', 'entries', 'new_id', 'torn', 'enrol', 'similar', 'find']
 
 # %% ../../nbs/runner/04a_index.ipynb #a69593ed
 def home() -> Path:
@@ -111,6 +111,14 @@ def enrol(
         f.write(b"\n" * torn(folder / "jobs.jsonl") + json.dumps(line).encode() + b"\n")
     return Entry(chosen, where, out)
 
+# %% ../../nbs/runner/04a_index.ipynb #542bf1ff
+def similar(name: str) -> str:
+    "Of the newest hundred ids, the one that `name`, or a beginning like `name`, was probably meant for; empty if none."
+    recent = [entry.id for entry in islice(entries(), 100)]
+    known = {id[: len(name)]: id for id in reversed(recent)} | {id: id for id in recent}
+    close = difflib.get_close_matches(name, known, n=1)
+    return known[close[0]] if close else ""
+
 # %% ../../nbs/runner/04a_index.ipynb #45ab8ea4
 def find(name: str) -> Entry:
     "The run with the id `name`, or the only one whose id begins so; `RunError` if there is none."
@@ -124,6 +132,5 @@ def find(name: str) -> Entry:
         return next(iter(begin.values()))
     if begin:
         raise RunError(f"{len(begin)} runs begin with {name!r}", f"write one of {', '.join(islice(begin, 3))}")
-    recent = [entry.id for entry in islice(entries(), 100)]
-    hint = nearest(name, recent) if recent else ""
-    raise RunError(f"there is no run {name!r}", hint if hint.startswith("did") else "llmkit jobs lists the runs")
+    meant = similar(name)
+    raise RunError(f"there is no run {name!r}", f"did you mean {meant!r}?" if meant else "llmkit jobs lists the runs")

@@ -67,8 +67,12 @@ def parameters(path: str | Path) -> dict[str, Parameter]:
     "The parameters of a job notebook by name; a line that papermill could not replace is a `ConfigError`."
     from papermill import inspect_notebook
 
-    found = inspect_notebook(str(path))
-    for node in ast.parse(parameter_cell(path)).body:
+    cell = parameter_cell(path)
+    try:
+        found = inspect_notebook(str(path))
+    except ValueError as e:  # papermill's: the notebook names no kernel
+        raise RunError(f"{path} names no kernel", "open it in JupyterLab and save it with the kernel python3") from e
+    for node in ast.parse(cell).body:
         name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
         try:
             ast.literal_eval(node.value if name in found else None)  # type: ignore[attr-defined, arg-type]
@@ -133,7 +137,9 @@ def check(
     known, hints, job = parameters(path), field_types(path), Path(path).stem
     for name in given:
         if name not in known:
-            raise ConfigError(f"{job} has no parameter {name!r}", nearest(name, known))
+            hint = nearest(name, known)
+            many = len(known) > 8 and not hint.startswith("did")
+            raise ConfigError(f"{job} has no parameter {name!r}", "add --show to see what it takes" if many else hint)
     values = {n: p.default for n, p in known.items()}
     values |= {n: parse(v, hints[n]) if text and isinstance(v, str) else v for n, v in given.items()}
     if cls := config_class(path):

@@ -5,6 +5,8 @@
 # %% ../../nbs/runner/04_manage.ipynb #0e3ff0d6
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +19,7 @@ from .display import clock
 State = Literal["queued", "running", "finished", "failed", "cancelled", "preempted"]
 
 # %% auto #0
-__all__ = ['State', 'ACTIVE', 'CODES', 'COLORS', 'JobRow', 'Place', 'when', 'table', 'describe_row']
+__all__ = ['State', 'ACTIVE', 'CODES', 'COLORS', 'JobRow', 'Place', 'when', 'table', 'put', 'describe_row']
 
 # %% ../../nbs/runner/04_manage.ipynb #f2b493ca
 ACTIVE: tuple[State, ...] = ("queued", "running")
@@ -91,12 +93,20 @@ def table(rows: list[JobRow]) -> Any:
 
     made = Table(box=None, padding=(0, 1), pad_edge=False)
     for name in ("id", "state", "where", "started", "took", ""):
-        made.add_column(name, justify="right" if name == "took" else "left", no_wrap=bool(name))
+        made.add_column(name, justify="right" if name == "took" else "left", no_wrap=True)
     for row in rows:
         took = "" if row.seconds is None else clock(row.seconds)
         state = f"[{COLORS.get(row.state, 'default')}]{row.state}[/]"
-        made.add_row(escape(row.id), state, row.where, when(row.started), took, escape(row.message))
+        started, message = when(row.started)[:16], escape(row.message.replace("\n", " "))
+        made.add_row(escape(row.id), state, row.where, started, took, message)
     return made
+
+# %% ../../nbs/runner/04_manage.ipynb #9649cfa2
+def put(table: Any) -> None:
+    "Print a rich table: as wide as the terminal, or as wide as it is where there is none."
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 10_000, soft_wrap=True).print(table)
 
 # %% ../../nbs/runner/04_manage.ipynb #678252d0
 def describe_row(row: JobRow) -> str:

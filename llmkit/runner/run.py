@@ -12,10 +12,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..core import errors
 from ..core.errors import DataError, LLMKitError, RunError
@@ -25,7 +25,7 @@ from .inspect import check, find_job
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
-           'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
+           'Echo', 'heard', 'execute', 'placed', 'claim', 'reopen', 'account', 'execute_job', 'run_job']
 
 # %% ../../nbs/runner/02_run.ipynb #bef4b504
 def kill_group(pgid: int) -> None:
@@ -65,6 +65,7 @@ def kernel_manager(
     from jupyter_client.manager import AsyncKernelManager
 
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    argv += ["--log-level=CRITICAL"]  # it would tell of every interruption
 
     class JobKernel(AsyncKernelManager):
         @property
@@ -139,6 +140,29 @@ def job_error(job: str, name: str, text: str, notebook: Path) -> LLMKitError:
     last = f": {lines[-1].strip()}" if lines else ""
     return RunError(f"{job} failed with {name}{last}", f"open {notebook}: the cell that failed is marked")
 
+# %% ../../nbs/runner/02_run.ipynb #97d01683
+class Echo:
+    "A log that is printed too."
+
+    def __init__(self, log: TextIO) -> None:
+        self.files = (log, sys.stdout)
+
+    def write(self, text: str) -> None:
+        "Write to both."
+        for file in self.files:
+            file.write(text)
+
+    def flush(self) -> None:
+        "Let both be seen."
+        for file in self.files:
+            file.flush()
+
+# %% ../../nbs/runner/02_run.ipynb #358eb301
+def heard(log: TextIO) -> dict[str, Any]:
+    "Where papermill writes what the cells print: into the log, and out of this process under `LLMKIT_ECHO=1`."
+    told = Echo(log) if os.environ.get("LLMKIT_ECHO") == "1" else log
+    return {"stdout_file": told, "stderr_file": told}
+
 # %% ../../nbs/runner/02_run.ipynb #bc8d76ae
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
@@ -159,7 +183,6 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
             kill_group(pid)
 
     timer = threading.Timer(GRACE, stop)
-
     try:
         with (
             open(executed.parent / "log.txt", "a", encoding="utf-8") as log,
@@ -168,7 +191,7 @@ def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[st
         ):
             kernel: Any = kernel_manager(sockets, executed.parent / "kernel.log", env, started)
             options: Any = {"kernel_manager_class": kernel, "kernel_name": "python3", "progress_bar": False}
-            papermill.execute_notebook(notebook, executed, params, **options | {"stdout_file": log, "stderr_file": log})
+            papermill.execute_notebook(notebook, executed, params, **options, **heard(log))
     except papermill.PapermillExecutionError as e:
         raise job_error(notebook.stem, e.ename, e.evalue, executed) from None  # the notebook has the traceback
     except RuntimeError as e:  # nbclient's: the kernel died, or never answered
@@ -187,7 +210,7 @@ def placed(params: dict[str, Any], folder: Path) -> dict[str, Any]:
     return params | ({"out": str(folder)} if "out" in params else {})
 
 # %% ../../nbs/runner/02_run.ipynb #6343d79f
-def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
+def claim(folder: Path, notebook: Path, params: dict[str, Any], given: Iterable[str] = ()) -> None:
     "Mark `folder` as made by `notebook` with `params`; `RunError` if it was made with others or is finished."
     path, hint = folder / "job.json", "choose another --out, or delete the folder"
     if (folder / "result.json").exists():
@@ -200,7 +223,8 @@ def claim(folder: Path, notebook: Path, params: dict[str, Any]) -> None:
                 f"by {before['job']}" if before["job"] != notebook.stem else f"with other {', '.join(sorted(changed))}"
             )
             raise RunError(f"{folder} was made {what}", hint)
-    write_json(path, {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd(), "params": params})
+    job = {"job": notebook.stem, "notebook": str(notebook.resolve()), "cwd": os.getcwd()}
+    write_json(path, job | {"params": params, "given": list(given)})
 
 # %% ../../nbs/runner/02_run.ipynb #ee1b9d0b
 def reopen(executed: Path) -> None:
@@ -253,5 +277,5 @@ def run_job(
     values = placed(check(job, params or {}, text), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        claim(folder, job, values)
+        claim(folder, job, values, params or {})
         return execute_job(folder, env)

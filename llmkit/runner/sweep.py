@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..core.errors import ConfigError, RunError
 from ..core.progress import Progress
 from ..core.run import RunFolder, read_json, write_json
 from .attempt import queue, spawn
+from .display import number
 from .inspect import check, field_types
 from .line import Tracker
 from .manage import ACTIVE
@@ -24,8 +26,8 @@ from .run import GRACE, claim, placed
 from .status import note, read_status, standing
 
 # %% auto #0
-__all__ = ['several', 'axes', 'grid', 'await_end', 'start_run', 'stop_runs', 'results', 'write_table', 'result_table',
-           'SweepTracker', 'Sweep', 'conclude', 'run_sweep']
+__all__ = ['GOOD', 'several', 'axes', 'grid', 'await_end', 'start_run', 'stop_runs', 'results', 'write_table', 'telling',
+           'result_table', 'SweepTracker', 'Sweep', 'conclude', 'run_sweep']
 
 # %% ../../nbs/runner/05_sweep.ipynb #cab3f98f
 def several(text: str) -> list[str]:
@@ -84,7 +86,8 @@ def start_run(folder: Path, name: str, params: dict[str, Any], parallel: int) ->
     child = folder / name
     child.mkdir(exist_ok=True)
     await_end(child)
-    claim(child, Path(read_json(folder / "job.json")["notebook"]), placed(params, child))
+    sweep = read_json(folder / "job.json")
+    claim(child, Path(sweep["notebook"]), placed(params, child), sweep["given"])
     queue(child, f"{getattr(read_status(folder), 'id', folder.name)}/{name}")
     share = str(max(1, (os.cpu_count() or 1) // parallel))
     env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", share), "LLMKIT_TRACKING_URI": ""}  # the sweep logs
@@ -110,8 +113,8 @@ def results(folder: Path) -> list[dict[str, Any]]:
     runs = read_json(folder / "sweep.json")["runs"]
     varies = [n for n in runs[0] if any(run[n] != runs[0][n] for run in runs)]
     rows = []
-    for number, run in enumerate(runs, 1):
-        child = folder / f"{number:03d}"
+    for i, run in enumerate(runs, 1):
+        child = folder / f"{i:03d}"
         status, whole = standing(child), (child / "result.json").exists()
         row = {"run": child.name, **{n: run[n] for n in varies}, "state": status.state if status else "queued"}
         result = read_json(child / "result.json") if whole else {"status": "", "seconds": None, "metrics": {}}
@@ -128,20 +131,28 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writerows(rows)
     return path
 
+# %% ../../nbs/runner/05_sweep.ipynb #5eb4afab
+GOOD = re.compile("loss|perplexity|accuracy|exact|score|bits")  # names of what a sweep is made for
+
+# %% ../../nbs/runner/05_sweep.ipynb #77222dc1
+def telling(rows: list[dict[str, Any]], most: int = 5) -> list[str]:
+    "The metrics to show: of those that are not the same in all rows, the first few, measures of quality before others."
+    names = dict.fromkeys(name for row in rows for name in itertools.dropwhile(lambda n: n != "seconds", row))
+    differ = [n for n in list(names)[1:] if len({row.get(n) for row in rows}) > 1 or len(rows) == 1]
+    return sorted(differ, key=lambda name: not GOOD.search(name))[:most]
+
 # %% ../../nbs/runner/05_sweep.ipynb #2379c91d
-def result_table(rows: list[dict[str, Any]], most: int = 6) -> Any:
-    "Rows as a rich table: of the metrics, the first few that are not the same in all runs."
+def result_table(rows: list[dict[str, Any]]) -> Any:
+    "Rows as a rich table, with the metrics that tell the runs apart."
     from rich.table import Table
 
     fixed = list(itertools.takewhile(lambda name: name != "seconds", rows[0]))
-    metrics = dict.fromkeys(name for row in rows for name in row if name not in [*fixed, "seconds"])
-    telling = [n for n in metrics if len({row.get(n) for row in rows}) > 1 or len(rows) == 1][:most]
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for name in (columns := [*fixed, "seconds", *telling]):
-        table.add_column(name, justify="left" if name in fixed else "right")
+    for name in (columns := [*fixed, "seconds", *telling(rows)]):
+        table.add_column(name, justify="left" if name in fixed else "right", no_wrap=True)
     for row in rows:
         cells = (row.get(name) for name in columns)
-        table.add_row(*("" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+        table.add_row(*("" if c is None else number(c) if isinstance(c, float) else str(c) for c in cells))
     return table
 
 # %% ../../nbs/runner/05_sweep.ipynb #1775651c
@@ -164,6 +175,16 @@ class SweepTracker(Tracker):
         result = folder / "result.json"
         if result.exists() and (folder / "metrics.jsonl").exists() and "mlflow_run_id" not in read_json(result):
             self.log(folder)
+            self.thread.submit(self.name, folder).result()
+
+    def name(self, folder: Path) -> None:
+        "Call a run in MLflow by what it was given, as in `lr=0.1`; all are called alike without that."
+        from llmkit.core.tracking import tracking_client
+
+        row = next(row for row in results(self.out) if row["run"] == folder.name)
+        given = itertools.takewhile(lambda item: item[0] != "state", list(row.items())[1:])
+        words = ", ".join(f"{name}={value}" for name, value in given)
+        tracking_client(self.uri).update_run(read_json(folder / "result.json")["mlflow_run_id"], name=words[:250])
 
 # %% ../../nbs/runner/05_sweep.ipynb #adc76f47
 class Sweep:
@@ -171,7 +192,7 @@ class Sweep:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.plan = folder, read_json(folder / "sweep.json")
-        self.runs = {f"{number:03d}": params for number, params in enumerate(self.plan["runs"], 1)}
+        self.runs = {f"{i:03d}": params for i, params in enumerate(self.plan["runs"], 1)}
         self.waiting = [name for name in self.runs if not (folder / name / "result.json").exists()]
         self.running: dict[str, subprocess.Popen] = {}
         self.progress = Progress("run", len(self.runs), every=0.0)

@@ -111,6 +111,7 @@ class TrainJob(FineTuning):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic; auto looks at the processor or GPU
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     compile: bool = False  # torch.compile; needs a C++ compiler
+    kernels: Literal["auto", "on", "off"] = "auto"  # ours in the model and its loss; auto is on a GPU
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 keeps only the end of each phase
     keep: Annotated[int, Ge(1)] = 2  # checkpoints of a phase that are kept
     strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"  # how processes share the work
@@ -120,6 +121,7 @@ class TrainJob(FineTuning):
 
     def validate(self) -> None:
         "One process is strategy single, several are one of the others; several nodes meet in a folder."
+        super().validate()
         self.check_adapter(self.strategy)
         processes = self.nproc * self.nnodes
         if (self.strategy == "single") != (processes == 1):

@@ -103,7 +103,7 @@ def batches(
 # %% ../../nbs/training/03_peft.ipynb #85f53cbb
 def finetuning_recipe(job: TrainJob) -> Recipe:
     "The recipe of a job's fine-tuning."
-    names = ("micro_batch", "warmup", "clip", "seed", "gradient_checkpointing", "compile")
+    names = ("micro_batch", "warmup", "clip", "seed", "gradient_checkpointing", "compile", "kernels")
     sizes = {"steps": job.sft_steps, "batch_size": job.sft_batch, "length": job.sft_length, "lr": job.sft_lr}
     same = {n: getattr(job, n) for n in names}
     decay = 0.01 if job.adapter in LORA else 0.0

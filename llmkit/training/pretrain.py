@@ -42,7 +42,7 @@ def pretraining_recipe(job: TrainJob) -> Recipe:
         "clip",
         "seed",
     ]
-    names += ["gradient_checkpointing", "compile"]
+    names += ["gradient_checkpointing", "compile", "kernels"]
     return Recipe.pretraining(**{n: getattr(job, n) for n in names}, precision=resolve_precision(job.precision))
 
 # %% ../../nbs/training/01e_pretrain.ipynb #6e56b230

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from ..core.config import Config
 from ..core.errors import MissingError, RunError
 from ..data.chat import IGNORED
+from ..kernels.patch import kernels_wanted, patched, takes_targets
 from .distributed import Objective
 from .optim import make_adamw, make_optimizers, wsd
 from .stream import Batch
@@ -45,6 +46,7 @@ class Numbers(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16 scales the loss
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     compile: bool = False  # torch.compile; needs a C++ compiler
+    kernels: Literal["auto", "on", "off"] = "auto"  # ours in the model and its loss; auto is on a GPU, if not compiled
     long: Literal["cut", "drop", "split", "refuse"] = "drop"  # what is done with sequences longer than `length`
     seed: int = 0
 
@@ -71,6 +73,11 @@ class Recipe(Numbers):
         values: dict[str, Any] = {"lr": 1e-4, "long": "drop"}
         return cls(**(values | over))
 
+    def validate(self) -> None:
+        "Kernels of our own cannot be compiled into others."
+        if self.kernels == "on" and self.compile:
+            self.fail("kernels", "must be auto or off with compile, which makes kernels of its own")
+
     def rate(self, step: int) -> float:
         "Factor on the learning rate at `step`."
         return wsd(step, self.steps, self.warmup, self.decay)
@@ -93,6 +100,8 @@ def next_token_loss(
     wanted = (ids if labels is None else labels)[:, 1:]
     if labels is not None:
         hidden, wanted = hidden[wanted != IGNORED], wanted[wanted != IGNORED]
+    if takes_targets(model.lm_head):
+        return model.lm_head(hidden, wanted)
     logits = model.lm_head(hidden).float().flatten(0, -2)
     return cross_entropy(logits, wanted.flatten()) if len(logits) else logits.sum()
 
@@ -127,6 +136,8 @@ def made_ready(model: Any, recipe: Recipe, device: torch.device) -> Iterator[Non
     with ExitStack() as stack:
         if device.type == "cpu" and hasattr(model, "set_attn_implementation"):
             stack.enter_context(attention_for(model, recipe.length))
+        if kernels_wanted(recipe.kernels, device, recipe.compile):
+            stack.enter_context(patched(model))
         if recipe.gradient_checkpointing:
             if not getattr(model, "supports_gradient_checkpointing", False):
                 raise RunError(f"{type(model).__name__} has no gradient checkpointing", "set it to False")

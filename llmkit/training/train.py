@@ -9,7 +9,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from .pretrain import pretrain, start
 
 # %% auto #0
 __all__ = ['Log', 'Save', 'Trained', 'account', 'named', 'joined', 'beside', 'card_for', 'phases', 'train_here', 'train_rank',
-           'tell_lines', 'followed', 'train_many', 'train', 'own_data', 'own_model', 'plot_losses', 'running_mean']
+           'tell_lines', 'followed', 'train_many', 'clear', 'train', 'own_data', 'own_model', 'plot_losses',
+           'running_mean']
 
 # %% ../../nbs/training/03a_train.ipynb #41824b06
 @dataclass
@@ -190,10 +191,22 @@ def train_many(job: TrainJob, prepared: Any, folder: Path, checkpoints: Path, lo
     home.mkdir(parents=True, exist_ok=True)
     try:
         with followed(checkpoints / "heard.jsonl", log):
-            losses = launch(target, job.nproc, job.nnodes, arguments, home, echo=None).value
+            launched = launch(target, job.nproc, job.nnodes, arguments, home, echo=None)
     except StoppedError as e:
         raise Preempted(e.message, e.hint) from e
+    losses = launched.value
+    shutil.rmtree(launched.folder, ignore_errors=True)  # this node's own
     return Trained(folder, losses[0], losses[1], ModelCard.load(folder), beside(job, folder))
+
+# %% ../../nbs/training/03a_train.ipynb #8bac9459
+def clear(home: Path, first: bool) -> None:
+    "Take away the checkpoints in `home` and, with the last node, the folder."
+    for path in home.iterdir() if first else ():
+        if path.name != "launch":
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for folder in (home / "launch", home):
+        with suppress(OSError):  # another node is still there, or was the last
+            folder.rmdir()
 
 # %% ../../nbs/training/03a_train.ipynb #696f8bbb
 def train(
@@ -211,8 +224,10 @@ def train(
         raise ConfigError(f"strategy {job.strategy} needs a folder for checkpoints", "it is where processes meet")
     else:
         trained = train_many(job, prepared, Path(folder), home, log)
-    if home and meeting(job.nnodes, None, "")[0] == 0:
-        shutil.rmtree(home, ignore_errors=True)  # the model folder has what matters
+    if home and job.nnodes == 1:
+        shutil.rmtree(home, ignore_errors=True)
+    elif home:
+        clear(home, first=meeting(job.nnodes, None, "")[0] == 0)
     return trained
 
 # %% ../../nbs/training/03a_train.ipynb #d0ba870a

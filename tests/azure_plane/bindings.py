@@ -110,3 +110,14 @@ def store(plane: Plane, bound: Bound) -> None:
         elif path.is_file():
             client = plane.blobs.client(container)
             client.upload_blob(prefix.strip("/"), path.read_bytes(), overwrite=True, headers=plane.blobs.mine)
+
+
+def publish(plane: Plane, job: str, properties: dict[str, Any]) -> None:
+    """Register the outputs of a job that were given a name: each the next version of a model or of data."""
+    for name, output in (properties.get("outputs") or {}).items():
+        asset, kind = (output or {}).get("assetName"), str((output or {}).get("jobOutputType"))
+        uri = destination(job, name, output)
+        if asset and kind.endswith("_model"):
+            plane.assets.publish("models", asset, {"modelUri": uri, "modelType": kind})
+        elif asset:
+            plane.assets.publish("data", asset, {"dataUri": uri, "dataType": kind})

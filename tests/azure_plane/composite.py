@@ -159,9 +159,12 @@ class Composite:
         """Run it, and say how it ended."""
         self.plane.jobs.status(name, "Running")
         try:
-            ends = work(name, self.plane.store.get(f"/jobs/{name}")["properties"])
+            properties = self.plane.store.get(f"/jobs/{name}")["properties"]
+            ends = work(name, properties)
             bad_ones = [f"{child}: {end}" for child, end in ends.items() if end != "Completed"]
             end = "Canceled" if self.stopped[name].is_set() else "Failed" if bad_ones else "Completed"
+            if end == "Completed":
+                bindings.publish(self.plane, name, properties)
             self.plane.jobs.status(name, end, error=", ".join(bad_ones) or None)
         except Exception as e:  # noqa: BLE001 - whatever it is, the job must end and say so
             self.plane.jobs.status(name, "Failed", error=str(e))

@@ -73,9 +73,11 @@ class Executor:
                 if not running.preempted.is_set():
                     break
                 running.preempted.clear()  # the nodes were taken away: Azure queues the job again
+            self.plane.tracking.end(name, end)
+            if end == "Completed":
+                bindings.publish(self.plane, name, job)
         except Exception as e:  # noqa: BLE001 - whatever it is, the job must end and say so
             end, error = "Failed", f"{type(e).__name__}: {e}"
-        self.plane.tracking.end(name, end)
         self.status(name, end, error=error)
         return end
 

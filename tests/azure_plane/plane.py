@@ -159,7 +159,7 @@ class Plane:
         self.describe()
 
     def close(self) -> None:
-        """End everything that was started."""
+        """End everything that was started; an error if anything, here or there, talked to more than this machine."""
         for name in list(self.executor.running):
             self.executor.cancel(name)
         self.store.close()
@@ -168,6 +168,8 @@ class Plane:
         self.blobs.close()
         self.tracking.close()
         self.wire.close()
+        if met := self.wire.foreign():
+            raise AssertionError(f"not only loopback was talked to: {sorted(set(met))}")
 
     def __enter__(self) -> Plane:
         return self

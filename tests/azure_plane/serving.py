@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import os
@@ -77,8 +78,10 @@ class ServerProcess:
     def image(self) -> Image:
         """What the environment's image starts."""
         if build := self.environment.get("build"):
-            context = self.folder / "context"
-            self.plane.blobs.download(*self.plane.blobs.place(build["contextUri"]), context)
+            context = self.plane.home / "contexts" / hashlib.sha256(build["contextUri"].encode()).hexdigest()[:12]
+            with self.plane.store.lock:  # an image is built once
+                if not context.exists():
+                    self.plane.blobs.download(*self.plane.blobs.place(build["contextUri"]), context)
             path = context / (build.get("dockerfilePath") or "Dockerfile")
             if not path.exists():
                 raise ArmError(400, "ImageBuildFailed", f"the build context has no {path.name}")

@@ -40,7 +40,7 @@ class Tracking:
             found = self.store.get_experiment_by_name(experiment)
             number = found.experiment_id if found else self.store.create_experiment(experiment)
             artifacts = f"{(self.home / 'mlruns').as_uri()}/{number}/{run}/artifacts"
-            with self.store.ManagedSessionMaker() as session:
+            with self.store.ManagedSessionMaker(read_only=False) as session:
                 if session.get(SqlRun, run) is None:
                     facts = {"name": display, "source_type": "JOB", "source_name": "", "entry_point_name": ""}
                     facts |= {"user_id": "somebody", "status": "RUNNING", "start_time": int(time.time() * 1000)}

@@ -63,6 +63,10 @@ class Wire:
             if h not in here and not h.startswith(("127.", "/", "b'", "\\x00")) and not h.isdigit()
         ]
 
+    def forget(self) -> None:
+        """Begin anew, after what was meant to be noticed."""
+        self.path.write_text("")
+
     def close(self) -> None:
         """Stop writing for this plane."""
         _watched.remove(self.path)

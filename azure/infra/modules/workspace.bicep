@@ -41,6 +41,8 @@ resource workspace 'Microsoft.MachineLearningServices/workspaces@2024-10-01' = {
     applicationInsights: insightsId
     systemDatastoresAuthMode: 'identity'
     publicNetworkAccess: publicAccess
+    // A registry that nobody outside can reach has no builder: the cluster builds the images of environments.
+    imageBuildCompute: publicAccess == 'Disabled' ? 'cpu' : null
     v1LegacyMode: false
     managedNetwork: {
       isolationMode: 'AllowInternetOutbound'
