@@ -22,7 +22,7 @@ class Costs(dict[int, float]):
         "Take in a measured time."
         self.times[size] += 1
         known = self.setdefault(size, seconds)
-        self[size] += (min(seconds, 2 * known) - known) * (0.5 if seconds < known else 0.05)
+        self[size] += (min(seconds, 2 * known) - known) * (0.3 if seconds < known else 0.1)
 
 # %% ../../nbs/engine/03c_pace.ipynb #f36c6e55
 class Hits:
@@ -73,8 +73,11 @@ class Prices:
 
     def best(self, n: int, chance: float) -> int:
         "The number of guesses that makes the most tokens a second, perhaps 0."
-        best = max(LENGTHS, key=lambda length: self.rate(n, length, chance))
-        return best if self.rate(n, best, chance) > MARGIN * self.rate(n, 0, chance) else 0
+        found, top = 0, MARGIN * self.rate(n, 0, chance)
+        for length in LENGTHS:
+            if (rate := self.rate(n, length, chance)) > top:
+                found, top = length, rate
+        return found
 
 # %% ../../nbs/engine/03c_pace.ipynb #be8867d3
 class Beginnings(Prices):
@@ -144,7 +147,8 @@ class Pace(Gain):
         chance = self.hits[sure].chance if sure else 0.0
         best = self.best(n, chance) if sure else 0
         if best and (not behind or self.repaid(n, best, chance, behind, left)):
-            self.again, self.wait = self.turns + EVERY, EVERY
+            if self.speedup > 1:
+                self.again, self.wait = self.turns + EVERY, EVERY
             return best
         if not sure or not self.trial:
             return 0
