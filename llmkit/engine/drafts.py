@@ -26,6 +26,10 @@ class Drafter(Protocol):
         "The next `n` tokens, as far as it can tell; asked after `sure`."
         ...
 
+    def peek(self, sequence: Sequence) -> int | None:
+        "The next token, if it costs nothing to say; asked for where no draft is, to learn how often it is right."
+        return None
+
     def behind(self, sequence: Sequence) -> int:
         "Tokens that it would have to read before it could guess, if they are more than a few."
         return 0
@@ -96,6 +100,11 @@ class Lookup(Drafter):
         "The `n` tokens that came then."
         text = self.texts[sequence.slot]
         return continued(text.ids[: text.filled], text.match[0], n)
+
+    def peek(self, sequence: Sequence) -> int:
+        "The token that came then."
+        text = self.texts[sequence.slot]
+        return int(text.ids[text.match[0]])
 
     def free(self, slot: int) -> None:
         "Forget the text in `slot`."

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 # %% auto #0
-__all__ = ['LENGTHS', 'MARGIN', 'EVERY', 'LATEST', 'FIRST', 'Costs', 'Hits', 'expected', 'Prices', 'Beginnings', 'Gain', 'Pace']
+__all__ = ['LENGTHS', 'MARGIN', 'EVERY', 'LATEST', 'FIRST', 'PLAIN', 'ROW', 'Costs', 'Hits', 'expected', 'Prices', 'Beginnings',
+           'Gain', 'Pace']
 
 # %% ../../nbs/engine/03c_pace.ipynb #ac8a9010
 class Costs(dict[int, float]):
@@ -23,6 +24,10 @@ class Costs(dict[int, float]):
         self.times[size] += 1
         known = self.setdefault(size, seconds)
         self[size] += (min(seconds, 2 * known) - known) * (0.3 if seconds < known else 0.1)
+
+    def believed(self, size: int, guess: float) -> float:
+        "The estimate; the `guess` while that is lower and there are fewer than three times."
+        return self[size] if self.times[size] >= 3 else min(guess, self.get(size, guess))
 
 # %% ../../nbs/engine/03c_pace.ipynb #f36c6e55
 class Hits:
@@ -69,7 +74,7 @@ class Prices:
         if not length:
             return n / step
         others = self.steps.get(n - 1, step) if n > 1 else 0.0
-        return (expected(chance, length) + n - 1) / (self.checks.get(length, step) + others)
+        return (expected(chance, length) + n - 1) / (self.checks.believed(length, step) + others)
 
     def best(self, n: int, chance: float) -> int:
         "The number of guesses that makes the most tokens a second, perhaps 0."
@@ -118,7 +123,8 @@ class Gain(Beginnings):
         return self.alone / self.spent if self.spent else 1.0
 
 # %% ../../nbs/engine/03c_pace.ipynb #b5bfe0e0
-EVERY, LATEST, FIRST = 128, 2048, 3  # steps to the next try, at first and at most; steps before the first draft
+EVERY, LATEST = 128, 2048  # steps to the next try, at first and at most
+FIRST, PLAIN, ROW = 8, 64, 4  # steps before the first draft; of so many, so many in a row go without
 
 
 class Pace(Gain):
@@ -133,7 +139,7 @@ class Pace(Gain):
         "Whether a step of `n` sequences is worth a look for drafts."
         self.turns += 1
         self.trial = self.turns >= self.again
-        known = self.steps.times[n] >= FIRST and self.turns % EVERY > 0
+        known = self.steps.times[n] >= FIRST and self.turns % PLAIN >= ROW
         return known and (self.trial or self.best(n, 0.99) > 0)
 
     def length(

@@ -37,6 +37,8 @@ class Guessing(Engine):
                 f"speculate: the {self.able.runner} runner cannot go back from a wrong guess", "leave speculate out"
             )
         self.drafter, self.pace, self.drafted, self.accepted = drafter, Pace(), 0, 0
+        self.calm = 0  # steps in a row that did nothing but decode
+        self.peeked: list[tuple[Sequence, int, int | None]] = []  # who goes without, how sure, and what comes next
 
     def empty(self, slot: int) -> None:
         "Forget what a slot holds, the drafter's part too."
@@ -51,14 +53,17 @@ class Guessing(Engine):
 
     def lengths(self, sequences: Many[Sequence]) -> list[tuple[Sequence, int, int]]:
         "The sequences for which guessing pays, how sure the drafter is of each, and how many tokens it is asked for."
-        n, spare, found = len(sequences), self.scheduler.spare, []
+        n, spare, found, self.peeked = len(sequences), self.scheduler.spare, [], []
         for s in sequences if n and self.pace.open(n) else ():
             if room := longest_draft(s, self.max_length, spare):
                 sure, behind = self.drafter.sure(s), self.drafter.behind(s)
                 wanted = self.pace.length(n, sure, behind, s.request.params.max_tokens - len(s.tokens))
                 length = max((x for x in LENGTHS if x <= min(room, wanted)), default=0)
                 spare -= length
-                found += [(s, sure, length)] if length else []
+                if length:
+                    found.append((s, sure, length))
+                elif sure:
+                    self.peeked.append((s, sure, self.drafter.peek(s)))
         return found
 
 # %% ../../nbs/engine/05c_speculative.ipynb #1262b12d
@@ -110,7 +115,12 @@ class SpeculativeEngine(Checking):
         "The step of those without a draft, out of `n` that decode."
         start, rest = perf_counter(), len(plan.decode)
         outputs = super().advance(plan)
-        if rest and not plan.pieces:
+        for sequence, sure, token in self.peeked:
+            if token is not None:
+                self.pace.hits[sure].note(int(sequence.tokens[-1] == token), sequence.tokens[-1] != token)
+        self.calm = self.calm + 1 if rest == n and not plan.pieces else 0
+        if rest and self.calm > 1:
             self.pace.steps.note(rest, perf_counter() - start)
-            self.pace.note(n if n in self.pace.steps else rest, rest, self.pace.steps[rest])
+        if rest and n in self.pace.steps:
+            self.pace.note(n, rest, self.pace.steps.get(rest, self.pace.steps[n]))
         return outputs
