@@ -36,6 +36,7 @@ class Drafter(Protocol):
 
     def catch_up(self, sequence: Sequence) -> None:
         "Read them."
+        return
 
     def free(self, slot: int) -> None:
         "Forget the sequence in `slot`; nothing happens if there is none."
