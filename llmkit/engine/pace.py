@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 # %% auto #0
-__all__ = ['LENGTHS', 'MARGIN', 'EVERY', 'LATEST', 'FIRST', 'PLAIN', 'ROW', 'Costs', 'Hits', 'expected', 'Prices', 'Beginnings',
-           'Gain', 'Pace']
+__all__ = ['LENGTHS', 'MARGIN', 'EVERY', 'LATEST', 'WORTH', 'SEARCH', 'FIRST', 'PLAIN', 'ROW', 'Costs', 'Hits', 'expected',
+           'Prices', 'Beginnings', 'Gain', 'Pace']
 
 # %% ../../nbs/engine/03c_pace.ipynb #ac8a9010
 class Costs(dict[int, float]):
@@ -117,16 +117,22 @@ class Gain(Beginnings):
         self.spent = 0.99 * self.spent + cost
         self.alone = 0.99 * self.alone + made * self.steps[n] / n
 
+    def looked(self, seconds: float) -> None:
+        "Count the search for drafts."
+        self.spent += seconds
+
     @property
     def speedup(self) -> float:
         "Of decoding, lately; 1 without drafts."
         return self.alone / self.spent if self.spent else 1.0
 
-# %% ../../nbs/engine/03c_pace.ipynb #b5bfe0e0
+# %% ../../nbs/engine/03c_pace.ipynb #9b79be92
 EVERY, LATEST = 128, 2048  # steps to the next try, at first and at most
+WORTH = 0.98  # a gain below this closes the eyes for a while
+SEARCH = 8  # steps in which a try may find somebody to try it with
 FIRST, PLAIN, ROW = 8, 64, 4  # steps before the first draft; of so many, so many in a row go without
 
-
+# %% ../../nbs/engine/03c_pace.ipynb #b5bfe0e0
 class Pace(Gain):
     "Decides how many tokens to guess, from what it has seen."
 
@@ -138,9 +144,12 @@ class Pace(Gain):
     def open(self, n: int) -> bool:
         "Whether a step of `n` sequences is worth a look for drafts."
         self.turns += 1
-        self.trial = self.turns >= self.again
+        late = self.turns - self.again
+        self.trial = 0 <= late < SEARCH
+        if late >= SEARCH:
+            self.again = self.turns + self.wait
         known = self.steps.times[n] >= FIRST and self.turns % PLAIN >= ROW
-        return known and (self.trial or self.best(n, 0.99) > 0)
+        return known and (self.trial or (self.speedup > WORTH and self.best(n, 0.99) > 0))
 
     def length(
         self,

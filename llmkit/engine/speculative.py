@@ -100,7 +100,9 @@ class SpeculativeEngine(Checking):
 
     def advance(self, plan: Plan) -> list[Output]:
         "Check what was guessed, run the rest of the plan, and say what is new."
-        n, drafts, outputs = len(plan.decode), self.lengths(plan.decode), list[Output]()
+        n, start, outputs = len(plan.decode), perf_counter(), list[Output]()
+        drafts = self.lengths(plan.decode)
+        self.pace.looked(perf_counter() - start)
         for sequence, sure, length in drafts:
             self.catch_up(sequence, n)
             start = perf_counter()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,14 +132,14 @@ def verdict(
     return f"{says}; {'switch it on: --speculate ' + row['speculate'] if on else 'leave it out'}"
 
 # %% ../../nbs/optimization/06_speculative.ipynb #200dfea1
-def plot_races(races: Sequence[Race]) -> Any:
-    "Speed-up of each prompt over the share of its reply that was guessed; a matplotlib figure."
+def plot_races(races: Mapping[str, Race]) -> Any:
+    "Speed-up of each prompt over the share of its reply that was guessed, by the names of races; a figure."
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(5.5, 3.2))
-    for r in races:
-        points = sorted((h.share, h.speedup) for h in r.heats)
-        ax.plot(*zip(*points, strict=True), "o", alpha=0.7, label=f"{r.variant}, {r.speculate}")
+    for name, found in races.items():
+        points = [(h.share, h.speedup) for h in found.heats]
+        ax.plot(*zip(*points, strict=True), "o", alpha=0.7, label=name)
     ax.axhline(1, color="0.7", lw=1)
     ax.set(xlabel="share of the reply that was guessed", ylabel="times the speed", ylim=(0, None))
     ax.legend(frameon=False, fontsize=8)
