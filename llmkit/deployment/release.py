@@ -32,13 +32,13 @@ class RolloutJob(Config):
     name: str = ""  # registered name; empty: what the model's card says
     tracking: str = ""  # registry, for example sqlite:///runs/mlflow.db; empty for one in the run folder
     weight: Annotated[float, Gt(0), Lt(1)] = 0.5  # the canary's share of the traffic
-    max_requests: Annotated[int, Ge(1)] = 2000  # labelled requests in a canary stage, at most
+    max_requests: Annotated[int, Ge(1)] = 4000  # labelled requests in a canary stage, at most
     windows: Annotated[int, Ge(20)] = 120  # held-out windows, all of them sent before the canary comes
     window_tokens: Annotated[int, Ge(8)] = 32  # tokens of a window
-    alpha: Annotated[float, Gt(0), Lt(1)] = 0.05  # probability of rolling a healthy revision back
+    alpha: Annotated[float, Gt(0), Lt(1)] = 0.01  # probability of rolling a healthy revision back
     promote_alpha: Annotated[float, Gt(0), Lt(1)] = 0.05  # probability of promoting one that is `margin` times as bad
     margin: Annotated[float, Gt(1)] = 3.0  # how many times as many bad answers are too many
-    quantile: Annotated[float, Gt(0), Lt(1)] = 0.05  # a label below the champion's quantile is a bad event
+    quantile: Annotated[float, Gt(0), Lt(1)] = 0.2  # a label below the champion's quantile is a bad event
     damage: Annotated[float, Gt(0)] = 1.0  # noise on the damaged revision's weights, in their standard deviations
     steps: Annotated[int, Ge(1)] = 4  # of further training for the healthy revision
     concurrency: Annotated[int, Ge(1)] = 8  # requests in flight
@@ -58,7 +58,7 @@ class RolloutJob(Config):
     @classmethod
     def quickstart(cls, **values: Any) -> Self:
         "Some twenty seconds with a model of a few million parameters."
-        sizes = {"max_requests": 3000, "windows": 300, "window_tokens": 64, "alpha": 0.01, "steps": 24}
+        sizes = {"max_requests": 3000, "windows": 300, "window_tokens": 64, "quantile": 0.05, "steps": 24}
         return cls(**{**sizes, **values})
 
 # %% ../../nbs/deployment/04a_release.ipynb #913f4503

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,8 +27,8 @@ from .torch_cache import RowCache, RowMemory, Span, read_block, write_block
 from ..kernels.launch import able
 
 # %% auto #0
-__all__ = ['torch_threads', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters', 'load_causal', 'TorchSlots',
-           'TorchPrompts', 'TorchReplies', 'TorchRunner']
+__all__ = ['torch_threads', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters', 'wants_kernels',
+           'load_causal', 'TorchSlots', 'TorchPrompts', 'TorchReplies', 'TorchRunner']
 
 # %% ../../nbs/engine/04b_torch_runner.ipynb #5cb97244
 @contextmanager
@@ -159,6 +160,14 @@ class SlotAdapters:
     def moved(self) -> None:
         "Called when the adapters' matrices have changed places."
 
+# %% ../../nbs/engine/04b_torch_runner.ipynb #3d75aed7
+def wants_kernels(model: Any) -> bool:
+    "Whether decode attention is to be our kernel: the environment's LLMKIT_KERNELS is 'on', and it can be."
+    asked = os.environ.get("LLMKIT_KERNELS", "off")
+    if asked not in ("on", "off"):
+        raise ConfigError(f"LLMKIT_KERNELS = {asked!r} is unknown", "use 'on' or 'off'")
+    return asked == "on" and able(model.device) and type(model)._supports_attention_backend
+
 # %% ../../nbs/engine/04b_torch_runner.ipynb #50452cfc
 def load_causal(folder: str | Path, device: str) -> Any:
     "The model of a folder on `device`, ready to infer; nothing is ever downloaded."
@@ -166,7 +175,7 @@ def load_causal(folder: str | Path, device: str) -> Any:
     kw = {"dtype": dtype, "local_files_only": True, "attn_implementation": "sdpa"}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **kw)
     model = model.to(place).eval()
-    if able(model.device) and type(model)._supports_attention_backend:
+    if wants_kernels(model):
         use_decode_attention(model)
     return model
 

@@ -111,7 +111,7 @@ class TrainJob(FineTuning):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # arithmetic; auto looks at the processor or GPU
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     compile: bool = False  # torch.compile; needs a C++ compiler
-    kernels: Literal["auto", "on", "off"] = "auto"  # ours in the model and its loss; auto is on a GPU
+    kernels: Literal["auto", "on", "off"] = "off"  # ours in the model and its loss; auto is on a GPU
     checkpoint_every: Annotated[int, Ge(0)] = 100  # steps; 0 keeps only the end of each phase
     keep: Annotated[int, Ge(1)] = 2  # checkpoints of a phase that are kept
     strategy: Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "single"  # how processes share the work
@@ -125,10 +125,8 @@ class TrainJob(FineTuning):
         self.check_adapter(self.strategy)
         processes = self.nproc * self.nnodes
         if (self.strategy == "single") != (processes == 1):
-            self.fail(
-                "strategy",
-                "must be ddp, fsdp, zero1, zero2 or zero3" if processes > 1 else "must be single in one process",
-            )
+            many = "must be ddp, fsdp, zero1, zero2 or zero3"
+            self.fail("strategy", many if processes > 1 else "must be single in one process")
         if self.nnodes > 1 and not self.shared:
             self.fail("shared", "must name a folder that all nodes see")
         if self.strategy.startswith("zero") and self.optimizer == "muon" and self.steps:

@@ -46,7 +46,7 @@ class Numbers(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp16 scales the loss
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     compile: bool = False  # torch.compile; needs a C++ compiler
-    kernels: Literal["auto", "on", "off"] = "auto"  # ours in the model and its loss; auto is on a GPU, if not compiled
+    kernels: Literal["auto", "on", "off"] = "off"  # ours in the model and its loss; auto is on a GPU, if not compiled
     long: Literal["cut", "drop", "split", "refuse"] = "drop"  # what is done with sequences longer than `length`
     seed: int = 0
 
