@@ -16,7 +16,7 @@ from .runners import Runner
 from .scheduler import Sequence
 
 # %% auto #0
-__all__ = ['FEW', 'agreed', 'Followed', 'Follower', 'DraftModel', 'draft_place', 'token_names', 'check_same_tokens']
+__all__ = ['FEW', 'PART', 'agreed', 'Followed', 'Follower', 'DraftModel', 'draft_place', 'token_names', 'check_same_tokens']
 
 # %% ../../nbs/engine/03d_draft_model.ipynb #79bc1bdb
 def agreed(a: list[int], b: list[int]) -> int:
@@ -59,6 +59,7 @@ class Follower:
 
 # %% ../../nbs/engine/03d_draft_model.ipynb #9c6a4a27
 FEW = 8  # tokens that are read along with a guess
+PART = 128  # that are read between two steps
 
 
 class DraftModel(Follower, Drafter):
@@ -73,12 +74,12 @@ class DraftModel(Follower, Drafter):
         missing = len(self.follow(sequence))
         return missing if missing > FEW else 0
 
-    def catch_up(self, sequence: Sequence) -> None:
-        "Read all but the last token."
-        *ids, _ = self.follow(sequence)
-        for start in range(0, len(ids), 256):
-            self.runner.prefill(sequence.slot, ids[start : start + 256])
+    def catch_up(self, sequence: Sequence) -> int:
+        "Read the next tokens, at most all but the last."
+        ids = self.follow(sequence)[:-1][:PART]
+        self.runner.prefill(sequence.slot, ids)
         self.held[sequence.slot].read += len(ids)
+        return len(ids)
 
     def draft(self, sequence: Sequence, n: int) -> list[int]:
         "The `n` tokens that the draft model says next, fewer where its positions end."

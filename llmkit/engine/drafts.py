@@ -34,9 +34,9 @@ class Drafter(Protocol):
         "Tokens that it would have to read before it could guess, if they are more than a few."
         return 0
 
-    def catch_up(self, sequence: Sequence) -> None:
-        "Read them."
-        return
+    def catch_up(self, sequence: Sequence) -> int:
+        "Read a part of them, so that others need not wait long; how many."
+        return 0
 
     def free(self, slot: int) -> None:
         "Forget the sequence in `slot`; nothing happens if there is none."

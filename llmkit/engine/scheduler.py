@@ -23,7 +23,6 @@ class Sequence:
 
     request: Request
     sampler: Any = None  # what its sampling remembers
-    guess: Any = None  # what guessing its next tokens remembers
     slot: int = -1  # -1 while it waits
     read: int = 0  # tokens whose keys and values are in the slot
     take: int = 1  # blocks to read in the next step

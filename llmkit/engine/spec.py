@@ -24,8 +24,8 @@ from .runners import Load, MockRunner, Runner, eos_ids, load_runner
 from .speculative import SpeculativeEngine
 
 # %% auto #0
-__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'draft_spec', 'make_drafter', 'bytes_a_token',
-           'load_engine']
+__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'draft_spec', 'check_draft', 'make_drafter',
+           'bytes_a_token', 'load_engine']
 
 # %% ../../nbs/engine/05a_spec.ipynb #5e16afd9
 @dataclass(kw_only=True)
@@ -104,9 +104,16 @@ def draft_spec(spec: EngineSpec) -> EngineSpec | None:
     if kind != "draft":
         return None
     folder, variant = draft_place(where)
-    engine: Any = "mock" if spec.engine == "mock" else "auto"
+    # Where the model may lie on a GPU, the draft model may, too, unless one of its graphs was named.
+    engine: Any = spec.engine if spec.engine == "mock" or (spec.engine == "torch" and variant == "auto") else "auto"
     place: dict[str, Any] = {"folder": folder, "variant": variant, "engine": engine, "load": "latency"}
     return EngineSpec(**place, slots=spec.slots, threads=spec.threads)
+
+# %% ../../nbs/engine/05a_spec.ipynb #ed85a172
+def check_draft(spec: EngineSpec) -> None:
+    "`ModelError` or `ConfigError` if `spec` names a draft model that is not there, or one of other tokens."
+    if found := draft_spec(spec):
+        check_same_tokens(check_model_folder(spec.folder), check_model_folder(found.folder))
 
 # %% ../../nbs/engine/05a_spec.ipynb #abe05c7c
 def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
@@ -114,7 +121,7 @@ def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
     found = draft_spec(spec)
     if found is None:
         return Lookup()
-    check_same_tokens(check_model_folder(spec.folder), check_model_folder(found.folder))
+    check_draft(spec)
     draft = make_runner(found)
     if draft.vocab_size != runner.vocab_size:
         raise ConfigError(f"speculate: {draft.vocab_size} tokens, the model has {runner.vocab_size}", "take another")

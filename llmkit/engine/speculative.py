@@ -38,12 +38,14 @@ class Guessing(Engine):
             )
         self.drafter, self.pace, self.drafted, self.accepted = drafter, Pace(), 0, 0
         self.calm = 0  # steps in a row that did nothing but decode
+        self.begun: dict[int, int] = {}  # slots that the drafter has begun to read, and the length of the draft then
         self.peeked: list[tuple[Sequence, int, int | None]] = []  # who goes without, how sure, and what comes next
 
     def empty(self, slot: int) -> None:
         "Forget what a slot holds, the drafter's part too."
         super().empty(slot)
         self.drafter.free(slot)
+        self.begun.pop(slot, None)
 
     def count(self, plan: Plan, outputs: list[Output]) -> None:
         "Bring the statistics up to date."
@@ -57,7 +59,8 @@ class Guessing(Engine):
         for s in sequences if n and self.pace.open(n) else ():
             if room := longest_draft(s, self.max_length, spare):
                 sure, behind = self.drafter.sure(s), self.drafter.behind(s)
-                wanted = self.pace.length(n, sure, behind, s.request.params.max_tokens - len(s.tokens))
+                left = s.request.params.max_tokens - len(s.tokens)
+                wanted = (sure and self.begun.get(s.slot)) or self.pace.length(n, sure, behind, left)
                 length = max((x for x in LENGTHS if x <= min(room, wanted)), default=0)
                 spare -= length
                 if length:
@@ -70,13 +73,18 @@ class Guessing(Engine):
 class Checking(Guessing):
     "How one draft is made and checked."
 
-    def catch_up(self, sequence: Sequence, n: int) -> None:
-        "Let the drafter read what it has not, and note the price."
-        if behind := self.drafter.behind(sequence):
+    def caught_up(self, sequence: Sequence, n: int, length: int) -> bool:
+        "Let the drafter read a part of what it has not, and note the price; whether it has read all."
+        if self.drafter.behind(sequence):
             start = perf_counter()
-            self.drafter.catch_up(sequence)
-            self.pace.reading.note(1, (perf_counter() - start) / behind)
+            read = self.drafter.catch_up(sequence)
+            self.pace.reading.note(1, (perf_counter() - start) / read)
             self.pace.note(n, 0, perf_counter() - start)
+        if self.drafter.behind(sequence):
+            self.begun[sequence.slot] = length
+            return False
+        self.begun.pop(sequence.slot, None)
+        return True
 
     def check(self, sequence: Sequence, draft: list[int], sure: int) -> list[Output]:
         "Read a draft, choose as if there were none, keep what agrees."
@@ -103,8 +111,8 @@ class SpeculativeEngine(Checking):
         n, start, outputs = len(plan.decode), perf_counter(), list[Output]()
         drafts = self.lengths(plan.decode)
         self.pace.looked(perf_counter() - start)
+        drafts = [d for d in drafts if self.caught_up(d[0], n, d[2])]
         for sequence, sure, length in drafts:
-            self.catch_up(sequence, n)
             start = perf_counter()
             outputs += (new := self.check(sequence, self.drafter.draft(sequence, length), sure))
             self.pace.checks.note(length, perf_counter() - start)

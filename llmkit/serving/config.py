@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,11 +125,13 @@ class ServeConfig(GuardSettings):
         check_serve(self)
 
 # %% ../../nbs/serving/00_config.ipynb #f69d4165
-def check_speculate(cfg: EngineSettings) -> None:
-    "`ConfigError` if `speculate` is nothing that an engine knows."
-    from llmkit.engine.spec import EngineSpec
+def check_speculate(cfg: EngineSettings, folders: Iterable[str | Path] = ()) -> None:
+    "`ConfigError` if `speculate` is nothing that an engine knows, or no draft model for the models in `folders`."
+    from llmkit.engine.spec import EngineSpec, check_draft
 
     EngineSpec(folder="", engine=cfg.engine, speculate=cfg.speculate)
+    for folder in folders:
+        check_draft(EngineSpec(folder=str(folder), engine=cfg.engine, speculate=cfg.speculate))
 
 # %% ../../nbs/serving/00_config.ipynb #de0352e0
 def check_serve(cfg: ServeConfig) -> None:
@@ -145,7 +147,7 @@ def check_serve(cfg: ServeConfig) -> None:
         check_model_folder(folder)
     check_name("alias", cfg.alias)
     if cfg.speculate:
-        check_speculate(cfg)
+        check_speculate(cfg, cfg.models.values())
     if cfg.alias in cfg.models:
         raise ConfigError(f"alias {cfg.alias!r} is also the name of a model", "give --alias another name")
     if cfg.weights:
