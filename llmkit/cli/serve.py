@@ -28,6 +28,7 @@ HELP = {
     "max_length": "tokens of prompt and reply together",
     "threads": "threads of the engine",
     "kv_gb": "memory for keys and values in GB; what is free without it",
+    "speculate": "guess ahead where that is faster: lookup, or draft:FOLDER of a smaller model",
     "queue": "requests that may wait for a slot",
     "queue_tokens": "prompt tokens that may wait",
     "embed_delay_s": "seconds that a text to embed may wait for others",

@@ -15,14 +15,14 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError, ModelError
 from .prefix import PIECE, PrefixCache, block_names
-from .request import Finish, Output, Request, SamplingParams, TokenLogprob
+from .request import Finish, Output, Request, SamplingParams, StepStats, TokenLogprob
 from .runners import Capabilities, Runner
 from .sampling import Sampler, check_ids, choose, token_logprobs
 from .scheduler import Plan, Scheduler, Sequence
 
 # %% auto #0
-__all__ = ['check_prompt', 'check_able', 'StepStats', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan',
-           'score_rows', 'emit', 'Parts', 'Door', 'set_adapter', 'restore', 'Engine', 'generate']
+__all__ = ['check_prompt', 'check_able', 'why_finished', 'Batch', 'score_piece', 'read_piece', 'run_plan', 'score_rows', 'emit',
+           'Parts', 'Door', 'set_adapter', 'restore', 'Advancing', 'Engine', 'generate']
 
 # %% ../../nbs/engine/05_engine.ipynb #c260714b
 def check_prompt(request: Request, vocab_size: int, max_length: int) -> None:
@@ -49,20 +49,6 @@ def check_able(request: Request, able: Capabilities) -> None:
     }
     if bad := next((name for name, (asked, can) in wanted.items() if asked and not can), None):
         raise ConfigError(f"{bad}: the {able.runner} runner cannot do it", "leave it out, or serve another variant")
-
-# %% ../../nbs/engine/05_engine.ipynb #6a56691d
-@dataclass(slots=True)
-class StepStats:
-    "The state after a step, and what the step did."
-
-    running: int = 0  # requests in slots
-    waiting: int = 0  # requests in the queue
-    kv_used: float = 0.0  # share of the memory for keys and values, 0 to 1
-    prompt_tokens: int = 0  # prompt tokens read in the latest step
-    generated_tokens: int = 0  # tokens generated in the latest step
-    preemptions: int = 0  # since the start, like the following
-    prefix_queries: int = 0  # prompt tokens that were looked up
-    prefix_hits: int = 0  # and found
 
 # %% ../../nbs/engine/05_engine.ipynb #8939a8d4
 def why_finished(sequence: Sequence, eos: Many[int], max_length: int) -> Finish | None:
@@ -195,8 +181,12 @@ class Door(Parts):
         "Free what a request holds; False if it is not there."
         sequence = self.scheduler.remove(request_id)
         if sequence is not None and sequence.slot >= 0:
-            self.runner.free(sequence.slot)
+            self.empty(sequence.slot)
         return sequence is not None
+
+    def empty(self, slot: int) -> None:
+        "Forget what a slot holds."
+        self.runner.free(slot)
 
     def abort(self, request_id: str) -> bool:
         "Drop a request and free its slot at once; the next step reports it. False if it is not there (any more)."
@@ -233,30 +223,15 @@ def restore(runner: Runner, cache: PrefixCache, salt: str, sequence: Sequence) -
         sequence.read += PIECE
     sequence.cached = sequence.cached or sequence.read
 
-# %% ../../nbs/engine/05_engine.ipynb #03f56eaa
-class Engine(Door):
-    "Runs many requests on one runner; not thread-safe: the thread that calls `step` calls the rest too."
+# %% ../../nbs/engine/05_engine.ipynb #b12b8ab7
+class Advancing(Door):
+    "What happens between a plan and its outputs."
 
-    def step(self) -> list[Output]:
-        "Advance every running request by one token or piece, and say what is new."
-        plan = self.schedule()
+    def advance(self, plan: Plan) -> list[Output]:
+        "Run what the plan says, choose the tokens, and say what is new."
         batches = run_plan(self.runner, self.cache, plan)
         tokens = [choose(b.logits, [s.sampler for s in b.sequences]) for b in batches]
-        outputs = [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
-        self.count(plan, outputs)
-        aborted, self.aborted = self.aborted, []
-        return aborted + outputs
-
-    def schedule(self) -> Plan:
-        "The scheduler's plan, slots emptied and filled as it says."
-        plan = self.scheduler.plan()
-        for slot in plan.preempted:
-            self.runner.free(slot)
-        self.admitted = [s.request.id for s in plan.admitted]
-        for sequence in plan.admitted:
-            adapter = sequence.request.adapter
-            restore(self.runner, self.cache, f"{self.salt}/{adapter}/{self.loads[adapter]}", sequence)
-        return plan
+        return [o for b, t in zip(batches, tokens, strict=True) for o in self.emit(b, t)]
 
     def emit(self, batch: Batch, tokens: Many[int]) -> list[Output]:
         "The outputs of a batch; whoever is finished leaves."
@@ -266,6 +241,29 @@ class Engine(Door):
             if output.finish:
                 self.leave(output.request_id)
         return outputs
+
+# %% ../../nbs/engine/05_engine.ipynb #03f56eaa
+class Engine(Advancing):
+    "Runs many requests on one runner; not thread-safe: the thread that calls `step` calls the rest too."
+
+    def step(self) -> list[Output]:
+        "Advance every running request by one token or piece, and say what is new."
+        plan = self.schedule()
+        outputs = self.advance(plan)
+        self.count(plan, outputs)
+        aborted, self.aborted = self.aborted, []
+        return aborted + outputs
+
+    def schedule(self) -> Plan:
+        "The scheduler's plan, slots emptied and filled as it says."
+        plan = self.scheduler.plan()
+        for slot in plan.preempted:
+            self.empty(slot)
+        self.admitted = [s.request.id for s in plan.admitted]
+        for sequence in plan.admitted:
+            adapter = sequence.request.adapter
+            restore(self.runner, self.cache, f"{self.salt}/{adapter}/{self.loads[adapter]}", sequence)
+        return plan
 
     def count(self, plan: Plan, outputs: list[Output]) -> None:
         "Bring the statistics up to date."

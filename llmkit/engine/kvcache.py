@@ -61,6 +61,12 @@ class SlotTable:
         self.lengths[slot] = length
         return length
 
+    def shrink(self, slot: int, length: int) -> None:
+        "Count only the first `length` positions of `slot`; `RunError` if it has fewer."
+        if not 0 < length <= self.lengths.get(slot, 0):
+            raise RunError(f"slot {slot} holds {self.lengths.get(slot, 0)} tokens, not {length}", "keep what was read")
+        self.lengths[slot] = length
+
 # %% ../../nbs/engine/02_kvcache.ipynb #b0c2427b
 class PagedArray:
     "Zeros [parts, rows, ...] whose rows can be given back to the system; `data` is the array."

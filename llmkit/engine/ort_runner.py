@@ -19,7 +19,7 @@ from .kvcache import KVCache
 from .runners import LOGITS_AT, Capabilities
 
 # %% auto #0
-__all__ = ['open_session', 'length_mask', 'wrap_rows', 'run_rows', 'OrtMemory', 'OrtRunner']
+__all__ = ['open_session', 'length_mask', 'wrap_rows', 'run_rows', 'OrtMemory', 'OrtGraphs', 'OrtRunner']
 
 # %% ../../nbs/engine/04a_ort_runner.ipynb #fe222443
 def open_session(
@@ -99,9 +99,13 @@ class OrtMemory:
         "Append positions that `read_kv` returned."
         self.cache.append(slot, block)
 
+    def rewind(self, slot: int, length: int) -> None:
+        "Forget what `slot` holds behind its first `length` tokens; the next ones are written over it."
+        self.cache.shrink(slot, length)
+
 # %% ../../nbs/engine/04a_ort_runner.ipynb #727cf7a4
-class OrtRunner(OrtMemory):
-    "A `Runner` over exported graphs (fp32, int4, w8a8) on the CPU."
+class OrtGraphs(OrtMemory):
+    "One graph or two over the memory: tokens of one slot in a call."
 
     def __init__(
         self,
@@ -118,7 +122,21 @@ class OrtRunner(OrtMemory):
 
     def capabilities(self) -> Capabilities:
         "Everything but adapters, which are merged into a variant of their own."
-        return Capabilities("ort", self.variant)
+        return Capabilities("ort", self.variant, rewind=True)
+
+    def append(self, session: ort.InferenceSession, slot: int, ids: Sequence[int], first: int) -> np.ndarray:
+        "Let a graph read `ids` into `slot`; logits [len(ids) - first, vocab_size], from the `first` of them on."
+        lengths, row = [self.cache.grow(slot, len(ids))], self.cache.rows.index(slot)
+        tokens, at = np.array([ids], np.int64), np.arange(first, len(ids))
+        return run_rows(session, self._values(row, row + 1), tokens, lengths, at, self.vocab_size)[0]
+
+    def verify(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        "Append `ids` to what `slot` holds, by the graph that decodes; logits [len(ids), vocab_size]."
+        return self.append(self.writer, slot, ids, 0)
+
+# %% ../../nbs/engine/04a_ort_runner.ipynb #4db5e1e2
+class OrtRunner(OrtGraphs):
+    "A `Runner` over exported graphs (fp32, int4, w8a8) on the CPU."
 
     def prefill(self, slot: int, ids: Sequence[int], every: bool = False, adapter: str = "") -> np.ndarray:
         "Append `ids` to what `slot` holds; logits [1, vocab_size], or [len(ids), vocab_size] for `every` position."
@@ -126,10 +144,7 @@ class OrtRunner(OrtMemory):
             raise ConfigError(f"adapter {adapter!r}: exported graphs take none", "merge it into a model, or use torch")
         if slot not in self.cache.lengths:
             self.cache.open(slot)
-        lengths = [self.cache.grow(slot, len(ids))]
-        row, at = self.cache.rows.index(slot), np.arange(0 if every else len(ids) - 1, len(ids))
-        tokens = np.array([ids], np.int64)
-        return run_rows(self.reader, self._values(row, row + 1), tokens, lengths, at, self.vocab_size)[0]
+        return self.append(self.reader, slot, ids, 0 if every else len(ids) - 1)
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         "Append one token to each of `slots`; logits [len(slots), vocab_size]."

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 
 from ..core.errors import LLMKitError
-from .engine import StepStats, set_adapter
-from .request import Output, Request
+from .engine import set_adapter
+from .request import Output, Request, StepStats
 from .runners import Capabilities
 
 # %% auto #0

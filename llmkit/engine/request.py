@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ..core.errors import ConfigError
 
 # %% auto #0
-__all__ = ['RULES', 'Finish', 'SamplingParams', 'check_params', 'Request', 'TokenLogprob', 'Output']
+__all__ = ['RULES', 'Finish', 'SamplingParams', 'check_params', 'Request', 'TokenLogprob', 'Output', 'StepStats']
 
 # %% ../../nbs/engine/00_request.ipynb #fcdc64e7
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -104,3 +104,20 @@ class Output:
     finish: Finish | None = None
     cached: int = 0  # in the first output: prompt tokens that came from the prefix cache
     error: str = ""  # a sentence, with finish `error`
+
+# %% ../../nbs/engine/00_request.ipynb #47a31519
+@dataclass(slots=True)
+class StepStats:
+    "The state after a step, and what the step did."
+
+    running: int = 0  # requests in slots
+    waiting: int = 0  # requests in the queue
+    kv_used: float = 0.0  # share of the memory for keys and values, 0 to 1
+    prompt_tokens: int = 0  # prompt tokens read in the latest step
+    generated_tokens: int = 0  # tokens generated in the latest step
+    preemptions: int = 0  # since the start, like the following
+    prefix_queries: int = 0  # prompt tokens that were looked up
+    prefix_hits: int = 0  # and found
+    drafted: int = 0  # tokens that were guessed and checked
+    accepted: int = 0  # and were what the model would have said
+    speedup: float = 1.0  # of decoding through guesses, lately

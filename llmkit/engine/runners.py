@@ -18,7 +18,7 @@ from ..core.errors import ModelError, RunError
 from ..core.run import read_json
 
 # %% auto #0
-__all__ = ['LOGITS_AT', 'MADE_FROM', 'FORMAT', 'Load', 'SMALL', 'Capabilities', 'Runner', 'MockRunner', 'eos_ids',
+__all__ = ['LOGITS_AT', 'MADE_FROM', 'FORMAT', 'Load', 'SMALL', 'Capabilities', 'Runner', 'MockSlots', 'MockRunner', 'eos_ids',
            'variant_folder', 'pick_variant', 'auto_threads', 'load_runner']
 
 # %% ../../nbs/engine/04_runners.ipynb #4d927629
@@ -34,6 +34,7 @@ class Capabilities:
     adapters: bool = False  # LoRA adapters can be loaded
     grammar: bool = True  # replies can be held to a grammar
     logit_bias: bool = True  # single tokens can be favoured
+    rewind: bool = False  # positions can be forgotten again, and several tokens checked in one call
 
 # %% ../../nbs/engine/04_runners.ipynb #4fa6a15f
 class Runner(Protocol):
@@ -55,6 +56,14 @@ class Runner(Protocol):
         "Append one token to each of `slots`; logits [len(slots), vocab_size], float32, in the order given."
         ...
 
+    def verify(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        "Append `ids` to what `slot` holds; logits [len(ids), vocab_size], those of `decode` after each."
+        ...
+
+    def rewind(self, slot: int, length: int) -> None:
+        "Forget what `slot` holds behind its first `length` tokens."
+        ...
+
     def free(self, slot: int) -> None:
         "Forget what `slot` holds; nothing happens if it is empty."
         ...
@@ -67,17 +76,40 @@ class Runner(Protocol):
         "Append positions that `read_kv` returned to what `slot` holds."
         ...
 
+# %% ../../nbs/engine/04_runners.ipynb #18dcdd54
+class MockSlots:
+    "What each slot of a mock runner has read."
+
+    def __init__(self) -> None:
+        self.held: dict[int, list[int]] = {}
+
+    def rewind(self, slot: int, length: int) -> None:
+        "Forget all but the first `length` tokens."
+        del self.held[slot][length:]
+
+    def free(self, slot: int) -> None:
+        "Forget what `slot` holds."
+        self.held.pop(slot, None)
+
+    def read_kv(self, slot: int, start: int, stop: int) -> np.ndarray:
+        "The tokens themselves, [1, 1, positions, 1]."
+        return np.array(self.held[slot][start:stop], np.float32).reshape(1, 1, -1, 1)
+
+    def write_kv(self, slot: int, block: np.ndarray) -> None:
+        "Append the tokens of `block`."
+        self.held.setdefault(slot, []).extend(int(t) for t in block.ravel())
+
 # %% ../../nbs/engine/04_runners.ipynb #1dff4b07
-class MockRunner:
+class MockRunner(MockSlots):
     "A runner without a model: the next token is always the last one plus 1, modulo the vocabulary."
 
     def __init__(self, vocab_size: int = 64, max_length: int = 64, slots: int = 4) -> None:
+        super().__init__()
         self.vocab_size, self.max_length, self.slots = vocab_size, max_length, slots
-        self.held: dict[int, list[int]] = {}  # what each slot has read
 
     def capabilities(self) -> Capabilities:
         "Everything but adapters."
-        return Capabilities("mock")
+        return Capabilities("mock", rewind=True)
 
     def prefill(self, slot: int, ids: Sequence[int], every: bool = False, adapter: str = "") -> np.ndarray:
         "Logits [1 or len(ids), vocab_size]."
@@ -93,17 +125,9 @@ class MockRunner:
         "Logits [len(slots), vocab_size]."
         return np.concatenate([self.prefill(s, [i]) for s, i in zip(slots, ids, strict=True)])
 
-    def free(self, slot: int) -> None:
-        "Forget what `slot` holds."
-        self.held.pop(slot, None)
-
-    def read_kv(self, slot: int, start: int, stop: int) -> np.ndarray:
-        "The tokens themselves, [1, 1, positions, 1]."
-        return np.array(self.held[slot][start:stop], np.float32).reshape(1, 1, -1, 1)
-
-    def write_kv(self, slot: int, block: np.ndarray) -> None:
-        "Append the tokens of `block`."
-        self.held.setdefault(slot, []).extend(int(t) for t in block.ravel())
+    def verify(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        "Logits [len(ids), vocab_size]."
+        return self.prefill(slot, ids, every=True)
 
 # %% ../../nbs/engine/04_runners.ipynb #393afba8
 LOGITS_AT = "logits_at"  # int64 [k]

@@ -117,9 +117,14 @@ class Memory(Queue):
         "Tokens that running sequences hold or have been promised."
         return sum(len(s) for s in self.running.values())
 
+    @property
+    def spare(self) -> int:
+        "Tokens for which there is room when every running sequence has grown by one."
+        return self.capacity - self.used - len(self.running)
+
     def preempt(self, plan: Plan) -> None:
         "Take slots away until every running sequence can grow by one token."
-        while self.running and self.used + len(self.running) > self.capacity:
+        while self.running and self.spare < 0:
             last = max(self.running.values(), key=self.order)
             plan.preempted.append(last.slot)
             self.remove(last.request.id)
@@ -129,7 +134,7 @@ class Memory(Queue):
     def admit(self, plan: Plan) -> None:
         "Give free slots to those whose turn it is, as long as they fit."
         while self.free and (first := self.first()) is not None:
-            if self.used + len(self.running) + len(first) + 1 > self.capacity:
+            if len(first) + 1 > self.spare:
                 return
             first.slot = self.free.pop()
             self.running[first.request.id] = self.waiting.pop(first.request.id)

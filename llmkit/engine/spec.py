@@ -16,12 +16,16 @@ from ..core.card import check_model_folder, revision
 from ..core.config import Config
 from ..core.errors import ConfigError
 from ..core.run import read_json
+from .draft_model import DraftModel, check_same_tokens, draft_place
+from .drafts import Drafter, Lookup
 from .engine import Engine
 from .grammar import GrammarCompiler
 from .runners import Load, MockRunner, Runner, eos_ids, load_runner
+from .speculative import SpeculativeEngine
 
 # %% auto #0
-__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'load_engine']
+__all__ = ['EngineSpec', 'token_bytes', 'memory_plan', 'make_runner', 'draft_spec', 'check_draft', 'make_drafter',
+           'bytes_a_token', 'load_engine']
 
 # %% ../../nbs/engine/05a_spec.ipynb #5e16afd9
 @dataclass(kw_only=True)
@@ -37,6 +41,7 @@ class EngineSpec(Config):
     threads: Annotated[int, Ge(1)] | None = None
     kv_gb: Annotated[float, Gt(0)] | None = None  # for keys and values; a part of what is free if not given
     prefix_share: Annotated[float, Interval(ge=0, lt=1)] = 0.25  # of that, for prompts read before
+    speculate: str = ""  # 'lookup': guess ahead from the text itself; 'draft:FOLDER': from a smaller model
 
     def validate(self) -> None:
         "An engine that runs graphs cannot run the folder itself, and the other way round."
@@ -47,6 +52,11 @@ class EngineSpec(Config):
         for name in ("variant", "threads", "kv_gb") if self.engine == "vllm" else ():
             if getattr(self, name) not in (None, "auto"):
                 self.fail(name, "cannot be set with engine 'vllm', which decides it itself")
+        kind, _, folder = self.speculate.partition(":")
+        if self.speculate not in ("", "lookup") and not (kind == "draft" and folder):
+            self.fail("speculate", "must be 'lookup' or 'draft:FOLDER'")
+        if self.speculate and self.engine == "vllm":
+            self.fail("speculate", "cannot be set with engine 'vllm'")
 
 # %% ../../nbs/engine/05a_spec.ipynb #c2ca4de0
 def token_bytes(
@@ -87,6 +97,42 @@ def make_runner(spec: EngineSpec) -> Runner:
     device: Literal["auto", "cpu"] = "auto" if spec.engine == "torch" else "cpu"
     return load_runner(spec.folder, variant, spec.slots, spec.max_length, spec.threads, spec.load, device)
 
+# %% ../../nbs/engine/05a_spec.ipynb #cedc3212
+def draft_spec(spec: EngineSpec) -> EngineSpec | None:
+    "The spec of the draft model, if `spec` names one."
+    kind, _, where = spec.speculate.partition(":")
+    if kind != "draft":
+        return None
+    folder, variant = draft_place(where)
+    # Where the model may lie on a GPU, the draft model may, too, unless one of its graphs was named.
+    engine: Any = spec.engine if spec.engine == "mock" or (spec.engine == "torch" and variant == "auto") else "auto"
+    place: dict[str, Any] = {"folder": folder, "variant": variant, "engine": engine, "load": "latency"}
+    return EngineSpec(**place, slots=spec.slots, threads=spec.threads)
+
+# %% ../../nbs/engine/05a_spec.ipynb #ed85a172
+def check_draft(spec: EngineSpec) -> None:
+    "`ModelError` or `ConfigError` if `spec` names a draft model that is not there, or one of other tokens."
+    if found := draft_spec(spec):
+        check_same_tokens(check_model_folder(spec.folder), check_model_folder(found.folder))
+
+# %% ../../nbs/engine/05a_spec.ipynb #abe05c7c
+def make_drafter(spec: EngineSpec, runner: Runner) -> Drafter:
+    "The drafter that `spec` asks for, for what `runner` writes; `ConfigError` if its tokens are others."
+    found = draft_spec(spec)
+    if found is None:
+        return Lookup()
+    check_draft(spec)
+    draft = make_runner(found)
+    if draft.vocab_size != runner.vocab_size:
+        raise ConfigError(f"speculate: {draft.vocab_size} tokens, the model has {runner.vocab_size}", "take another")
+    return DraftModel(draft)
+
+# %% ../../nbs/engine/05a_spec.ipynb #73986181
+def bytes_a_token(spec: EngineSpec) -> int:
+    "Bytes of keys and values of one token, the draft model's included."
+    folders = [s.folder for s in (spec, draft_spec(spec)) if s]
+    return sum(token_bytes(read_json(check_model_folder(f) / "config.json")) for f in folders)
+
 # %% ../../nbs/engine/05a_spec.ipynb #b357adf4
 def load_engine(spec: EngineSpec) -> Any:
     "An `Engine` over the model in `spec.folder`, or vLLM's with the same face; `MissingError` where vLLM is missing."
@@ -96,7 +142,8 @@ def load_engine(spec: EngineSpec) -> Any:
 
         return VllmEngine(folder, slots=spec.slots, max_length=spec.max_length)
     runner = make_runner(spec)
-    capacity, prefix = memory_plan(spec, token_bytes(read_json(folder / "config.json")), runner.max_length)
+    capacity, prefix = memory_plan(spec, bytes_a_token(spec), runner.max_length)
     stops = eos_ids(folder)
     grammar = GrammarCompiler(folder, runner.vocab_size, stops)
-    return Engine(runner, stops, capacity, prefix, revision(folder), grammar.compile)
+    parts = (runner, stops, capacity, prefix, revision(folder), grammar.compile)
+    return SpeculativeEngine(*parts, drafter=make_drafter(spec, runner)) if spec.speculate else Engine(*parts)

@@ -28,7 +28,7 @@ from ..kernels.launch import able
 
 # %% auto #0
 __all__ = ['torch_threads', 'pick_device', 'kv_shape', 'check_rotary', 'TorchModel', 'SlotAdapters', 'wants_kernels',
-           'load_causal', 'TorchSlots', 'TorchPrompts', 'TorchRunner']
+           'load_causal', 'TorchSlots', 'TorchPrompts', 'TorchReplies', 'TorchRunner']
 
 # %% ../../nbs/engine/04b_torch_runner.ipynb #5cb97244
 @contextmanager
@@ -237,8 +237,23 @@ class TorchPrompts(TorchSlots):
         self.memory.lengths[slot] = length
         return logits[0].cpu().numpy()
 
+# %% ../../nbs/engine/04b_torch_runner.ipynb #b83c68fa
+class TorchReplies(TorchPrompts):
+    "Slots in which guesses can be checked."
+
+    def verify(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        "Append `ids` to what `slot` holds; logits [len(ids), V] after each."
+        return self.prefill(slot, ids, every=True)
+
+    def rewind(self, slot: int, length: int) -> None:
+        "Forget what `slot` holds behind its first `length` tokens."
+        if not 0 < length <= self.memory.lengths.get(slot, 0):
+            held = self.memory.lengths.get(slot, 0)
+            raise RunError(f"slot {slot} holds {held} tokens, not {length}", "keep what was read")
+        self.memory.lengths[slot] = length
+
 # %% ../../nbs/engine/04b_torch_runner.ipynb #05fe4e31
-class TorchRunner(TorchPrompts):
+class TorchRunner(TorchReplies):
     "A `Runner` over transformers: fp32 on a CPU, half precision and recorded decode steps on a GPU."
 
     def decode(self, slots: Sequence[int], ids: Sequence[int]) -> np.ndarray:
@@ -271,4 +286,4 @@ class TorchRunner(TorchPrompts):
         "What this runner can do."
         gpu = self.model.device.type == "cuda"
         device = torch.cuda.get_device_name(self.model.device) if gpu else "cpu"
-        return Capabilities("torch", "torch", device, adapters=True)
+        return Capabilities("torch", "torch", device, adapters=True, rewind=True)

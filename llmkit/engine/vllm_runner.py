@@ -13,8 +13,8 @@ from typing import Any
 from ..core.card import check_model_folder
 from ..core.errors import ConfigError, DataError, MissingError, require
 from ..core.run import read_json
-from .engine import StepStats, check_able, check_prompt
-from .request import Finish, Output, Request, SamplingParams, TokenLogprob
+from .engine import check_able, check_prompt
+from .request import Finish, Output, Request, SamplingParams, StepStats, TokenLogprob
 from .runners import Capabilities, eos_ids
 
 # %% auto #0

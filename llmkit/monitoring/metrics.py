@@ -41,6 +41,8 @@ COUNTERS = {
     "num_preemptions": "Requests preempted",
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache",
+    "spec_decode_num_draft_tokens": "Tokens guessed ahead and checked",
+    "spec_decode_num_accepted_tokens": "Tokens guessed ahead that were right",
 }
 BY_REASON = {"request_success": "finished_reason", "admission_rejections": "reason"}
 
@@ -100,10 +102,11 @@ class ModelMetrics:
             self.gauges[name].set(value)
 
     def total(self, name: str, value: float) -> None:
-        "Bring a counter up to a total that the engine keeps; one that is smaller than before began again at 0."
-        before = self.seen.get(name, 0.0)
+        "Bring a counter up to a total that the engine keeps (a smaller one began again at 0), or set a gauge."
+        if name in self.gauges:
+            return self.gauges[name].set(value)
+        before, self.seen[name] = self.seen.get(name, 0.0), value
         self.counters[name].inc(value - before if value >= before else value)
-        self.seen[name] = value
 
     def finish(self, f: Finished) -> None:
         "Count one finished request."
@@ -149,6 +152,7 @@ OWN: dict[str, tuple[type[Counter] | type[Gauge] | partial[Histogram], str, tupl
     "breaker_open": (Gauge, "Whether a revision is closed because it kept failing", ("revision",)),
     "breaker_rejections": (Counter, "Requests refused by an open breaker", ("revision",)),
     "engine_restarts": (Counter, "Times that an engine process was replaced because it died", ("revision",)),
+    "speculation_speedup": (Gauge, "How much faster decoding is through guesses, lately", ("revision",)),
     "cold_start_seconds": (COLD, "From the request for a model to its engine, ready", ("revision",)),
     "cold_start_failures": (Counter, "Times that a model could not be loaded", ("revision",)),
     "evictions": (Counter, "Models let go to make room for another", ("revision",)),
@@ -178,7 +182,8 @@ class ServerMetrics:
         "The metrics of one model, labels looked up once."
         at = (model_name, engine)
         return ModelMetrics(
-            {n: g.labels(*at) for n, g in self.gauges.items()},
+            {n: g.labels(*at) for n, g in self.gauges.items()}
+            | {"speculation_speedup": self.own["speculation_speedup"].labels(model_name)},
             {n: c.labels(*at) for n, c in self.counters.items()}
             | {"engine_restarts": self.own["engine_restarts"].labels(model_name)},
             {n: h.labels(*at) for n, h in self.histograms.items()},

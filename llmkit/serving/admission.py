@@ -41,8 +41,10 @@ def engine_totals(
 ) -> dict[str, float]:
     "The totals of an engine by the names of their metrics."
     names = {"num_preemptions": "preemptions", "prefix_cache_queries": "prefix_queries"}
-    names["prefix_cache_hits"] = "prefix_hits"
-    return {m: float(getattr(stats, n, 0)) for m, n in names.items()} | {"engine_restarts": float(restarts)}
+    names |= {"prefix_cache_hits": "prefix_hits", "spec_decode_num_draft_tokens": "drafted"}
+    names["spec_decode_num_accepted_tokens"] = "accepted"
+    found = {m: float(getattr(stats, n, 0)) for m, n in names.items()}
+    return found | {"engine_restarts": float(restarts), "speculation_speedup": float(getattr(stats, "speedup", 1))}
 
 # %% ../../nbs/serving/03_admission.ipynb #ea5421d7
 @dataclass(slots=True)

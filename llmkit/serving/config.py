@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,8 +23,8 @@ from ..security.access import KeyStore, Limits, load_keys
 from .router import check_name, check_weights
 
 # %% auto #0
-__all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_serve',
-           'serve_settings', 'serve_config', 'free_port', 'bind']
+__all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_speculate',
+           'check_serve', 'serve_settings', 'serve_config', 'free_port', 'bind']
 
 # %% ../../nbs/serving/00_config.ipynb #69819868
 def parse_models(args: Sequence[str]) -> dict[str, str]:
@@ -73,6 +73,7 @@ class EngineSettings(Config):
     max_length: Annotated[int, Ge(2)] | None = None  # tokens of prompt and reply; the model's own if not given
     threads: Annotated[int, Ge(1)] | None = None  # of the engine
     kv_gb: Annotated[float, Gt(0)] | None = None  # memory for keys and values; what is free if not given
+    speculate: str = ""  # guess ahead: 'lookup' from the text itself, 'draft:FOLDER' from a smaller model
     queue: Annotated[int, Ge(0)] = 64  # requests that may wait for a slot
     queue_tokens: Annotated[int, Ge(1)] = 65_536  # prompt tokens that may wait
     embed_delay_s: Annotated[float, Ge(0)] = 0.005  # how long a text to embed may wait for others
@@ -123,6 +124,15 @@ class ServeConfig(GuardSettings):
     def validate(self) -> None:
         check_serve(self)
 
+# %% ../../nbs/serving/00_config.ipynb #f69d4165
+def check_speculate(cfg: EngineSettings, folders: Iterable[str | Path] = ()) -> None:
+    "`ConfigError` if `speculate` is nothing that an engine knows, or no draft model for the models in `folders`."
+    from llmkit.engine.spec import EngineSpec, check_draft
+
+    EngineSpec(folder="", engine=cfg.engine, speculate=cfg.speculate)
+    for folder in folders:
+        check_draft(EngineSpec(folder=str(folder), engine=cfg.engine, speculate=cfg.speculate))
+
 # %% ../../nbs/serving/00_config.ipynb #de0352e0
 def check_serve(cfg: ServeConfig) -> None:
     "What concerns several fields, or the disk."
@@ -136,6 +146,8 @@ def check_serve(cfg: ServeConfig) -> None:
         check_name("model", name)
         check_model_folder(folder)
     check_name("alias", cfg.alias)
+    if cfg.speculate:
+        check_speculate(cfg, cfg.models.values())
     if cfg.alias in cfg.models:
         raise ConfigError(f"alias {cfg.alias!r} is also the name of a model", "give --alias another name")
     if cfg.weights:

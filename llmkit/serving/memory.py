@@ -15,7 +15,7 @@ from ..core.card import check_model_folder
 from ..core.errors import ConfigError
 from ..core.run import read_json
 from ..engine.runners import pick_variant
-from ..engine.spec import EngineSpec, memory_plan, token_bytes
+from ..engine.spec import EngineSpec, bytes_a_token, draft_spec, memory_plan
 
 # %% auto #0
 __all__ = ['BASE', 'LEAST', 'process_bytes', 'engine_bytes', 'engine_files', 'Plan']
@@ -79,9 +79,10 @@ class Plan:
         "The plan for the engine of `spec`, from the sizes of its files; nothing is loaded."
         config = read_json(check_model_folder(spec.folder) / "config.json")
         runner, files = engine_files(spec)
+        files += engine_files(draft)[1] if (draft := draft_spec(spec)) else []
         length = spec.max_length or config.get("max_position_embeddings", LEAST)
         try:
-            each = token_bytes(config)
+            each = bytes_a_token(spec)
         except KeyError:
             each = 1  # the engine will say what the config lacks
         return cls(spec, BASE[runner] + sum(p.stat().st_size for p in files), each, length)

@@ -54,7 +54,7 @@ class Revision:
 # %% ../../nbs/serving/03a_revisions.ipynb #5ba7cb41
 def engine_spec(folder: str | Path, variant: str, cfg: ServeConfig) -> EngineSpec:
     "The spec of the engine that serves `folder` under the settings `cfg`."
-    names = ("engine", "slots", "max_length", "threads", "kv_gb")
+    names = ("engine", "slots", "max_length", "threads", "kv_gb", "speculate")
     return EngineSpec(folder=str(folder), variant=variant, load=cfg.for_, **{n: getattr(cfg, n) for n in names})
 
 # %% ../../nbs/serving/03a_revisions.ipynb #5d324b22
