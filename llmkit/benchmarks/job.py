@@ -182,4 +182,5 @@ class OptimizationBench(Config):
     def full(cls, **over: Any) -> Self:
         "The README's table; the text is to be given."
         parts = MADE if over.get("text") else [name for name in MADE if name != "text"]
-        return cls(**({"size": "S", "parts": ",".join(parts), "rounds": 3} | over))
+        values: dict[str, Any] = {"size": "S", "parts": ",".join(parts), "rounds": 3}
+        return cls(**(values | over))
