@@ -241,8 +241,11 @@ def measure_edge(
     tokens: int = 65,
     threads: int = 0,  # 0 for all cores
 ) -> dict[str, float]:
-    """`bytes` of the graph, `first_token_s` from a process's start, `tokens_per_s`, memory: `peak_bytes`, of which in the
-    end no file holds `own_bytes`, the `empty_bytes` of Python by itself and the `packages_bytes` of it with its imports."""
+    """Bytes of the graph, seconds to the first token, tokens/s, memory.
+
+    `peak_bytes` is the most there was, `own_bytes` what of it no file holds at the end; `empty_bytes` is Python alone,
+    `packages_bytes` Python with the three packages.
+    """
     size = sum(p.stat().st_size for p in Path(folder).glob("model.onnx*"))
     words = [sys.executable, "-c", PEAK + CHILD, str(folder), prompt, str(tokens), str(threads), repr(time.time())]
     done = subprocess.run(words, capture_output=True, text=True)
