@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import ModelError
+from ..core.errors import LLMKitError, ModelError
 from ..core.run import read_json
 from ..engine.runners import load_runner
 
 # %% auto #0
 __all__ = ['SPARE', 'TOLERANCE', 'opened', 'demand_finite', 'embedding_count', 'demand_tokenizer', 'demand_sound', 'weight_count',
-           'demand_room', 'prompt', 'truth', 'logits_apart', 'hidden_names', 'hidden_states', 'parting', 'demand_equal']
+           'demand_room', 'running', 'prompt', 'truth', 'logits_apart', 'hidden_names', 'hidden_states', 'parting',
+           'demand_equal']
 
-# %% ../../nbs/optimization/01c_checks.ipynb #c878eb5f
+# %% ../../nbs/optimization/01c_checks.ipynb #2180525f
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     "A file of safetensors for torch; `ModelError` if it is damaged."
@@ -48,7 +49,7 @@ def demand_finite(folder: Path) -> None:
                     what = f"{path.name} holds {bad} weights that are NaN or infinite, in {name}"
                     raise ModelError(what, "take an earlier checkpoint; the training has diverged")
 
-# %% ../../nbs/optimization/01c_checks.ipynb #d01db46d
+# %% ../../nbs/optimization/01c_checks.ipynb #f1faf30b
 def embedding_count(folder: Path) -> int:
     "The rows of a model's embeddings."
     config = read_json(folder / "config.json")
@@ -70,7 +71,7 @@ def demand_tokenizer(folder: Path) -> None:
         what = f"the tokenizer says ids up to {highest}, and {folder} has {rows} embeddings"
         raise ModelError(what, "put the tokenizer that the model was trained with into its folder")
 
-# %% ../../nbs/optimization/01c_checks.ipynb #7b64928f
+# %% ../../nbs/optimization/01c_checks.ipynb #9fb7d73f
 def demand_sound(folder: Path) -> None:
     "`ModelError` if a model's weights or its tokenizer make every export worthless."
     demand_tokenizer(folder)
@@ -99,6 +100,17 @@ def demand_room(folder: Path, target: Path, filled: Exception | None = None) -> 
         what = f"{said}the export needs {needed:,} bytes in {place} and {free:,} are free"
         raise ModelError(what, "make room, for instance by deleting variants that are not served") from filled
 
+# %% ../../nbs/optimization/01c_checks.ipynb #67307c40
+@contextmanager
+def running(what: str) -> Iterator[None]:
+    "`ModelError` for whatever torch or onnxruntime raise in the block."
+    try:
+        yield
+    except LLMKitError:
+        raise
+    except Exception as e:  # both raise what their many operators do; the cause stays attached
+        raise ModelError(f"{what} cannot be run: {e}", "leave this variant out") from e
+
 # %% ../../nbs/optimization/01c_checks.ipynb #041143e3
 def prompt(folder: Path) -> list[int]:
     "A dozen token ids from all over a model's vocabulary, always the same."
@@ -109,7 +121,8 @@ def prompt(folder: Path) -> list[int]:
 @lru_cache(maxsize=1)
 def truth(folder: Path, revision: str) -> np.ndarray:
     "Logits [12, vocabulary] of a model in torch, kept for the next variant of the same weights."
-    return load_runner(folder, "torch", slots=1, max_length=16).prefill(0, prompt(folder), every=True)
+    with running(f"{folder} in torch"):
+        return load_runner(folder, "torch", slots=1, max_length=16).prefill(0, prompt(folder), every=True)
 
 # %% ../../nbs/optimization/01c_checks.ipynb #74f1db7c
 def logits_apart(
@@ -121,7 +134,8 @@ def logits_apart(
     from llmkit.engine.ort_runner import OrtRunner
 
     wanted = truth(folder, revision)
-    found = OrtRunner(graph, slots=1, max_length=16, threads=1).prefill(0, prompt(folder), every=True)
+    with running(f"the graph of {folder}"):
+        found = OrtRunner(graph, slots=1, max_length=16, threads=1).prefill(0, prompt(folder), every=True)
     return float(np.abs(found - wanted).max()), float(np.abs(wanted).max())
 
 # %% ../../nbs/optimization/01c_checks.ipynb #98449117
