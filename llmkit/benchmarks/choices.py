@@ -22,8 +22,8 @@ from ..optimization.heldout import text_windows
 
 # %% auto #0
 __all__ = ['TRANSFORMERS', 'FP32', 'QUICKSTART', 'TEXT', 'INT4', 'GUESSED', 'SAME', 'EDGE_S', 'EDGE_MB', 'STORE', 'SEVEN',
-           'CALIBRATED', 'BARS', 'SEVEN_B', 'SMALL', 'WORK', 'Work', 'Bench', 'settle', 'taken', 'settle_twice',
-           'quickstart', 'choose_quickstart', 'train_on', 'choose_text']
+           'CALIBRATED', 'BARS', 'SEVEN_B', 'SMALL', 'VARIANTS', 'WORK', 'Work', 'Bench', 'settle', 'taken',
+           'settle_twice', 'quickstart', 'choose_quickstart', 'train_on', 'choose_text']
 
 # %% ../../nbs/benchmarks/22_choices.ipynb #c3d639fc
 TRANSFORMERS, FP32 = "transformers fp32", "fp32"
@@ -67,14 +67,17 @@ class Work:
     steps: int  # of the training on a text
     revisions: int  # in the store
     shape: dict[str, int]  # of the model that is larger than memory
-    prompts: int  # that are guessed at
+    guesses: tuple[int, int, int]  # prompts of code to complete, their tokens, and those of a reply
 
 
 SEVEN_B = {"layers": 32, "hidden_size": 4096, "heads": 32, "kv_heads": 8, "intermediate_size": 14336}
 SMALL = {"layers": 2, "hidden_size": 128, "heads": 4, "kv_heads": 2, "intermediate_size": 256}
+VARIANTS = ("fp32", "int4", "int4-gptq", "w8a8")
 WORK = {
-    "tiny": Work((1, 8, 32), 16, 8, (16, 33, 16), ("fp32", "int4", "int4-gptq"), 20, 1, SMALL, 2),
-    "S": Work((1, 8, 32), 64, 64, (64, 129, 128), ("fp32", "int4", "int4-gptq", "w8a8"), 300, 3, SEVEN_B, 6),
+    "tiny": Work((1, 8, 32), 16, 8, (16, 33, 16), ("fp32", "int4", "int4-gptq"), 20, 1, SMALL, (2, 40, 16)),
+    "S": Work(
+        (1, 8, 32), 64, 64, (64, 129, 128), ("fp32", "int4", "int4-gptq", "w8a8"), 300, 3, SEVEN_B, (12, 380, 128)
+    ),
 }
 
 # %% ../../nbs/benchmarks/22_choices.ipynb #2afb318d
@@ -138,7 +141,7 @@ def quickstart(bench: Bench) -> tuple[Path, list[str | Path]]:
         made = prepare(PrepareJob.tiny(seed=bench.cfg.seed), bench.place("data"))
         return own_model("", made, bench.place("own"), bench.cfg.seed), [made.folder]
     home = Path(bench.cfg.quickstart)
-    model, data = home / "train_model" / "model", home / "prepare_data" / "data"
+    model, data = home / "02_train_model" / "model", home / "01_prepare_data" / "data"
     if not (model / "llmkit.json").is_file() or not data.is_dir():
         raise MissingError(f"{home} holds no model and data of a quickstart", "run llmkit quickstart --out FOLDER")
     there = bench.place("quickstart") / "model"

@@ -36,13 +36,13 @@ from .job import separated
 from .layers import kv_bytes, write_layers
 from .model import Prompts, bench_model, source_text
 from .round import in_turn
+from .speculative import bench_speculative, code_prompts
 from .stored import bench_stored
 from ..models.config import ModelConfig
 from ..optimization.choose import choose
 from ..optimization.compare import compare
 from ..optimization.export import ensure_variant
 from ..optimization.heldout import text_windows
-from ..optimization.speculative import race
 
 # %% auto #0
 __all__ = ['OWNS', 'transformers_rate', 'shaped', 'sources', 'race_transformers', 'guess_ahead', 'answer_alone',
@@ -113,15 +113,10 @@ def guess_ahead(bench: Bench) -> None:
     "Decoding with guesses beside decoding without, fp32 and int4."
     with bench.part(GUESSED, SAME):
         model, data = quickstart(bench)
-        n, length, _ = bench.work.windows
-        windows, _ = text_windows(model, data, length, max(n, bench.work.prompts), 1, bench.cfg.seed)
-        prompts, rows = windows[: bench.work.prompts].tolist(), []
-        for variant in ("fp32", "int4"):
-            ensure_variant(model, variant)
-            row: dict[str, Any] = race(
-                model, prompts, variant, "lookup", bench.work.reply, bench.cfg.threads or None
-            ).row()
-            rows.append(row)
+        n, length, tokens = bench.work.guesses
+        prompts = code_prompts(data[0], length, n, bench.cfg.seed)
+        found = bench_speculative(model, prompts, ("fp32", "int4"), tokens, bench.cfg.threads or None)
+        rows = list(found.values())
         bench.tables["guesses"] = rows
         bench.add(0, GUESSED, "llmkit", rows[0]["speedup"], "times", "fp32")
         bench.add(0, GUESSED, "plain", 1.0, "times")
