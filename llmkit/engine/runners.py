@@ -18,8 +18,8 @@ from ..core.errors import ModelError, RunError
 from ..core.run import read_json
 
 # %% auto #0
-__all__ = ['LOGITS_AT', 'MADE_FROM', 'FORMAT', 'Load', 'SMALL', 'Capabilities', 'Runner', 'MockSlots', 'MockRunner', 'eos_ids',
-           'variant_folder', 'pick_variant', 'auto_threads', 'load_runner']
+__all__ = ['LOGITS_AT', 'MADE_FROM', 'FORMAT', 'Load', 'FASTER', 'SMALL', 'Capabilities', 'Runner', 'MockSlots', 'MockRunner',
+           'eos_ids', 'variant_folder', 'pick_variant', 'auto_threads', 'load_runner']
 
 # %% ../../nbs/engine/04_runners.ipynb #4d927629
 @dataclass(slots=True, frozen=True)
@@ -176,19 +176,24 @@ def variant_folder(
 
 # %% ../../nbs/engine/04_runners.ipynb #e9b1ab77
 Load = Literal["latency", "throughput"]
+FASTER = 1.1  # times the speed of reading that a second variant in memory must bring
 
 # %% ../../nbs/engine/04_runners.ipynb #82376c0d
 def pick_variant(
     folder: str | Path,
     load: Load = "throughput",
 ) -> str:
-    "The fastest variant of each phase among those that the model card accepted: 'NAME', 'PREFILL+DECODE' or 'torch'."
-    fit = [v for v in ModelCard.load(folder).variants if v.get("fits") and v["name"] != "torch"]
-    if not fit:
-        return "torch"
+    "What the model card chose for this load, read with a faster one if there is: 'NAME', 'PREFILL+DECODE' or 'torch'."
+    rows = ModelCard.load(folder).variants
+    fit, chosen = [v for v in rows if v.get("fits") and v["name"] != "torch"], [v for v in rows if v.get("chosen")]
+    purpose = chosen[0].get("purpose") if chosen else ""
+    if not fit or purpose == "memory":
+        return chosen[0]["name"] if chosen else "torch"
     speed = "decode_tokens_per_s" if load == "latency" else "decode_tokens_per_s_8"
-    reads, writes = (max(fit, key=lambda v: v[by])["name"] for by in ("prefill_tokens_per_s", speed))
-    return writes if reads == writes else f"{reads}+{writes}"
+    writes = chosen[0] if purpose == load else max(fit, key=lambda v: v[speed])
+    reads = max(fit, key=lambda v: v["prefill_tokens_per_s"])
+    pays = writes["name"] != "torch" and reads["prefill_tokens_per_s"] > FASTER * writes["prefill_tokens_per_s"]
+    return f"{reads['name']}+{writes['name']}" if pays else writes["name"]
 
 # %% ../../nbs/engine/04_runners.ipynb #9ad9c58e
 SMALL = 64_000_000  # bytes of weights
