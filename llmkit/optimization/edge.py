@@ -234,7 +234,7 @@ own = held("RssAnon") if sys.platform == "linux" else peak()
 print(json.dumps(times | {"peak_bytes": peak(), "own_bytes": own, "packages_bytes": packages, "empty_bytes": empty}))
 """
 
-
+# %% ../../nbs/optimization/08_edge.ipynb #914c5ca2
 def measure_edge(
     folder: str | Path,
     prompt: str = "def mean(values):",
