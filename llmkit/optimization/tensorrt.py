@@ -97,7 +97,7 @@ def foreign(graph: Any) -> dict[str, int]:
     own = ("", "ai.onnx")
     return dict(Counter(n.op_type for n in graph.node if n.domain not in own or n.op_type in OWN_NAMES).most_common())
 
-# %% ../../nbs/optimization/05_tensorrt.ipynb #1678e2c6
+# %% ../../nbs/optimization/05_tensorrt.ipynb #4c24c311
 NUMBERS = {1: "fp32", 10: "fp16", 16: "bf16"}  # ONNX's numbers for them
 
 
@@ -268,7 +268,7 @@ def configured(trt: Any, builder: Any, plan: Plan) -> Any:
         config.add_optimization_profile(made)
     return config
 
-# %% ../../nbs/optimization/05_tensorrt.ipynb #64828586
+# %% ../../nbs/optimization/05_tensorrt.ipynb #086765bd
 def check_buildable(plan: Plan) -> None:
     "Raise if TensorRT itself cannot build what a plan wants."
     if plan.foreign:
