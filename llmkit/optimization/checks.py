@@ -24,7 +24,7 @@ __all__ = ['SPARE', 'TOLERANCE', 'opened', 'demand_finite', 'embedding_count', '
            'demand_room', 'running', 'prompt', 'truth', 'logits_apart', 'hidden_names', 'hidden_states', 'parting',
            'demand_equal']
 
-# %% ../../nbs/optimization/01c_checks.ipynb #2180525f
+# %% ../../nbs/optimization/01c_checks.ipynb #77a10c0c
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
     "A file of safetensors for torch; `ModelError` if it is damaged."
@@ -49,7 +49,7 @@ def demand_finite(folder: Path) -> None:
                     what = f"{path.name} holds {bad} weights that are NaN or infinite, in {name}"
                     raise ModelError(what, "take an earlier checkpoint; the training has diverged")
 
-# %% ../../nbs/optimization/01c_checks.ipynb #f1faf30b
+# %% ../../nbs/optimization/01c_checks.ipynb #a36db950
 def embedding_count(folder: Path) -> int:
     "The rows of a model's embeddings."
     config = read_json(folder / "config.json")
@@ -71,7 +71,7 @@ def demand_tokenizer(folder: Path) -> None:
         what = f"the tokenizer says ids up to {highest}, and {folder} has {rows} embeddings"
         raise ModelError(what, "put the tokenizer that the model was trained with into its folder")
 
-# %% ../../nbs/optimization/01c_checks.ipynb #9fb7d73f
+# %% ../../nbs/optimization/01c_checks.ipynb #22647201
 def demand_sound(folder: Path) -> None:
     "`ModelError` if a model's weights or its tokenizer make every export worthless."
     demand_tokenizer(folder)
@@ -100,7 +100,7 @@ def demand_room(folder: Path, target: Path, filled: Exception | None = None) -> 
         what = f"{said}the export needs {needed:,} bytes in {place} and {free:,} are free"
         raise ModelError(what, "make room, for instance by deleting variants that are not served") from filled
 
-# %% ../../nbs/optimization/01c_checks.ipynb #67307c40
+# %% ../../nbs/optimization/01c_checks.ipynb #da1e9e81
 @contextmanager
 def running(what: str) -> Iterator[None]:
     "`ModelError` for whatever torch or onnxruntime raise in the block."
