@@ -18,7 +18,7 @@ from .sampling import choose
 from .scheduler import Plan, Sequence
 
 # %% auto #0
-__all__ = ['longest_draft', 'Guessing', 'Checking', 'SpeculativeEngine']
+__all__ = ['longest_draft', 'Guessing', 'Reading', 'Checking', 'SpeculativeEngine']
 
 # %% ../../nbs/engine/05c_speculative.ipynb #cd8a0385
 def longest_draft(sequence: Sequence, max_length: int, spare: int) -> int:
@@ -70,8 +70,8 @@ class Guessing(Engine):
         return found
 
 # %% ../../nbs/engine/05c_speculative.ipynb #1262b12d
-class Checking(Guessing):
-    "How one draft is made and checked."
+class Reading(Guessing):
+    "How a drafter is brought up to what was said."
 
     def caught_up(self, sequence: Sequence, n: int, length: int) -> bool:
         "Let the drafter read a part of what it has not, and note the price; whether it has read all."
@@ -85,6 +85,10 @@ class Checking(Guessing):
             return False
         self.begun.pop(sequence.slot, None)
         return True
+
+# %% ../../nbs/engine/05c_speculative.ipynb #2a301104
+class Checking(Reading):
+    "How one draft is checked."
 
     def check(self, sequence: Sequence, draft: list[int], sure: int) -> list[Output]:
         "Read a draft, choose as if there were none, keep what agrees."
