@@ -14,8 +14,8 @@ from annotated_types import Ge, Gt
 from ..core.config import Config, nearest
 
 # %% auto #0
-__all__ = ['PEERS', 'WORK', 'PARTS', 'CASES', 'METHODS', 'GROUPS', 'AMOUNTS', 'separated', 'ServingBench', 'Work',
-           'TrainingBench', 'Amount']
+__all__ = ['PEERS', 'WORK', 'PARTS', 'CASES', 'METHODS', 'GROUPS', 'AMOUNTS', 'MADE', 'separated', 'ServingBench', 'Work',
+           'TrainingBench', 'Amount', 'OptimizationBench']
 
 # %% ../../nbs/benchmarks/00_job.ipynb #bda385c4
 PEERS = ("llama.cpp", "transformers", "litserve", "vllm", "openvino")
@@ -142,3 +142,44 @@ AMOUNTS = {
     "tiny": Amount(20, GROUPS[:1], ("SFT", "LoRA", "PPO"), (), ((5, 3),), 1, ("ddp",), 3.0, 4),
     "full": Amount(200, GROUPS, METHODS, METHODS[:-1], CASES, 20, ("ddp", "fsdp", "zero2"), 8.0, 0),
 }
+
+# %% ../../nbs/benchmarks/00_job.ipynb #ebe084f9
+MADE = ("quickstart", "text", "speed", "guess", "edge", "store", "large")
+
+
+@dataclass(kw_only=True)
+class OptimizationBench(Config):
+    "Settings of the benchmark of optimization."
+
+    out: str = ""  # run folder; empty for a temporary one
+    cache: str = "runs/bench/peers"  # folder of the large model, made once
+    size: Literal["tiny", "S"] = "tiny"  # S has SmolLM-135M's shape
+    quickstart: str = ""  # folder of a quickstart, whose model is optimized; empty for one trained in seconds
+    text: str = ""  # text file to train a model on, which is optimized, too
+    parts: str = "quickstart,speed,guess,edge,store,large"  # commas between them; and text
+    rounds: Annotated[int, Ge(1)] = 1  # of timed parts, in which all contestants take turns
+    threads: Annotated[int, Ge(0)] = 0  # of every engine; 0 for all cores
+    budget: str = "perplexity +1%"  # quality that a choice may cost
+    seed: int = 0
+
+    def validate(self) -> None:
+        for name in separated(self.parts):
+            if name not in MADE:
+                self.fail("parts", f"names {name!r}; {nearest(name, MADE)}")
+        if "text" in separated(self.parts) and not self.text:
+            self.fail("text", "must be a text file for the part text")
+
+    def cores(self) -> int:
+        "The threads of every engine."
+        return self.threads or os.cpu_count() or 1
+
+    @classmethod
+    def tiny(cls, **over: Any) -> Self:
+        "A minute: every part but the text, the smallest of everything."
+        return cls(**over)
+
+    @classmethod
+    def full(cls, **over: Any) -> Self:
+        "The README's table; the text is to be given."
+        parts = MADE if over.get("text") else [name for name in MADE if name != "text"]
+        return cls(**({"size": "S", "parts": ",".join(parts), "rounds": 3} | over))

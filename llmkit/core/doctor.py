@@ -62,6 +62,7 @@ def engines() -> list[Finding]:
         "torch": ("torch", "pip install torch==2.13.0"),
         "onnxruntime": ("onnxruntime", "pip install 'llmkit[serve]'"),
         "onnxruntime-gpu": ("onnxruntime-gpu", "in an environment of its own: pip install 'llmkit[gpu]'"),
+        "triton": ("triton", "pip install 'llmkit[train]'"),
         "vllm": ("vllm", "in an environment of its own, with a GPU: pip install vllm"),
     }
     found = [Finding("engine", n, bool(v := installed(p)), v or hint) for n, (p, hint) in wanted.items()]

@@ -29,7 +29,9 @@ __all__ = ['same_code', 'replacements', 'patched', 'takes_targets', 'kernels_wan
 def same_code(a: Callable[..., Any], b: Callable[..., Any]) -> bool:
     "Whether two functions do the same, instruction for instruction."
     first, second = (inspect.unwrap(f).__code__ for f in (a, b))
-    return all(getattr(first, n) == getattr(second, n) for n in ("co_code", "co_names", "co_varnames"))
+    numbers = [[c for c in code.co_consts if isinstance(c, int | float)] for code in (first, second)]
+    same = all(getattr(first, n) == getattr(second, n) for n in ("co_code", "co_names", "co_varnames"))
+    return same and numbers[0] == numbers[1]
 
 # %% ../../nbs/kernels/07_patch.ipynb #eacc0b14
 def _norm(module: Any) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from ..core.card import ModelCard
 from ..core.config import nearest
 from ..core.errors import ConfigError, GateError
 from ..evaluation.gate import Bound, judge
+from .modelcard import write_variants
 
 # %% auto #0
 __all__ = ['FORMS', 'Purpose', 'SAYS', 'NOISE', 'parse_budget', 'merit', 'known_purpose', 'equal', 'beaten', 'lost_why', 'choose',
@@ -169,8 +170,9 @@ def record(
     variants: list[dict[str, Any]],  # as `choose` returns them
     purpose: Purpose = "throughput",
 ) -> ModelCard:
-    "Put the compared variants into the model card and return it."
+    "Put the compared variants into `llmkit.json`, which is returned, and as a table into `README.md`."
     card = ModelCard.load(model_folder)
     card.variants = [v | {"purpose": purpose} if v["chosen"] else v for v in variants]
     card.save(model_folder)
+    write_variants(model_folder, variants)
     return card
