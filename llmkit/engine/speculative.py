@@ -18,7 +18,7 @@ from .sampling import choose
 from .scheduler import Plan, Sequence
 
 # %% auto #0
-__all__ = ['longest_draft', 'Guessing', 'Reading', 'Checking', 'SpeculativeEngine']
+__all__ = ['longest_draft', 'Guessing', 'Picking', 'Reading', 'Checking', 'SpeculativeEngine']
 
 # %% ../../nbs/engine/05c_speculative.ipynb #cd8a0385
 def longest_draft(sequence: Sequence, max_length: int, spare: int) -> int:
@@ -53,6 +53,10 @@ class Guessing(Engine):
         self.stats.drafted, self.stats.accepted = self.drafted, self.accepted
         self.stats.speedup = self.pace.speedup
 
+# %% ../../nbs/engine/05c_speculative.ipynb #a4ea09c4
+class Picking(Guessing):
+    "How drafts are given out."
+
     def lengths(self, sequences: Many[Sequence]) -> list[tuple[Sequence, int, int]]:
         "The sequences for which guessing pays, how sure the drafter is of each, and how many tokens it is asked for."
         n, spare, found, self.peeked = len(sequences), self.scheduler.spare, [], []
@@ -70,7 +74,7 @@ class Guessing(Engine):
         return found
 
 # %% ../../nbs/engine/05c_speculative.ipynb #1262b12d
-class Reading(Guessing):
+class Reading(Picking):
     "How a drafter is brought up to what was said."
 
     def caught_up(self, sequence: Sequence, n: int, length: int) -> bool:
