@@ -85,7 +85,7 @@ def metric(server, name):
 
 @pytest.fixture(scope="module")
 def asked(server):
-    """What each kind of request is answered, by the model and by its adapter, first alone and then beside the others."""
+    """What each kind of request is answered, by the model and by its adapter, alone and then beside the others."""
     client = user(server)
 
     def ask(job):
