@@ -139,13 +139,15 @@ def quickstart(bench: Bench) -> tuple[Path, list[str | Path]]:
 
     if not bench.cfg.quickstart:
         made = prepare(PrepareJob.tiny(seed=bench.cfg.seed), bench.place("data"))
-        return own_model("", made, bench.place("own"), bench.cfg.seed), [made.folder]
+        there = bench.home / "own" / "model"
+        return own_model(str(there) * there.exists(), made, bench.place("own"), bench.cfg.seed), [made.folder]
     home = Path(bench.cfg.quickstart)
     model, data = home / "02_train_model" / "model", home / "01_prepare_data" / "data"
     if not (model / "llmkit.json").is_file() or not data.is_dir():
         raise MissingError(f"{home} holds no model and data of a quickstart", "run llmkit quickstart --out FOLDER")
     there = bench.place("quickstart") / "model"
-    shutil.copytree(model, there, ignore=shutil.ignore_patterns("variants"))
+    if not there.exists():  # another part may have copied it
+        shutil.copytree(model, there, ignore=shutil.ignore_patterns("variants"))
     return there, [data]
 
 
