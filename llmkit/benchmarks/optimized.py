@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from .model import Prompts, bench_model, source_text
 from .round import in_turn
 from .speculative import bench_speculative, code_prompts
 from .stored import bench_stored
+from ..core.errors import RunError
 from ..models.config import ModelConfig
 from ..optimization.choose import choose
 from ..optimization.compare import compare
@@ -96,17 +98,16 @@ def race_transformers(bench: Bench) -> None:
         bench.add(0, INT4, "llmkit", size["int4"], "MB")
         bench.add(0, INT4, FP32, size["fp32"], "MB")
         prompts = Prompts(folder, source_text(cfg.size), cfg.seed)
-        for turn in range(cfg.rounds):
-            for batch in work.batches:
-                chosen = taken(choose(rows, cfg.budget, "latency" if batch == 1 else "throughput"))["name"]
-                for who in in_turn(["llmkit", TRANSFORMERS], turn):
-                    if who == "llmkit":
-                        sizes = (work.prompt, work.reply, cfg.cores())
-                        rate = bench_variant(folder, chosen, prompts, [batch], *sizes)[0]["decode"]
-                    else:
-                        rate = transformers_rate(folder, prompts.take(batch, work.prompt), work.reply, cfg.cores())
-                    note = chosen if who == "llmkit" else "generate"
-                    bench.add(turn, f"chosen, decode, batch {batch}", who, rate, "tokens/s", note)
+        for turn, batch in product(range(cfg.rounds), work.batches):
+            name = taken(choose(rows, cfg.budget, "latency" if batch == 1 else "throughput"))["name"]
+            what = f"chosen, decode, batch {batch}"
+            for who in in_turn(["llmkit", TRANSFORMERS], turn):
+                if who == "llmkit":
+                    sizes = (work.prompt, work.reply, cfg.cores())
+                    rate = bench_variant(folder, name, prompts, [batch], *sizes)[0]["decode"]
+                else:
+                    rate = transformers_rate(folder, prompts.take(batch, work.prompt), work.reply, cfg.cores())
+                bench.add(turn, what, who, rate, "tokens/s", name if who == "llmkit" else "generate")
 
 # %% ../../nbs/benchmarks/23_optimized.ipynb #f5fbb3dc
 def guess_ahead(bench: Bench) -> None:
@@ -138,7 +139,9 @@ def store_revisions(bench: Bench) -> None:
     "Bytes of the store beside bytes of all folders."
     with bench.part(STORE):
         found = bench_stored(shaped(bench), bench.place("store"), bench.work.revisions)
-        bench.add(0, STORE, "llmkit", found["stored"] / 1e6, "MB", f"{found['wrong']} files differ when restored")
+        if found["wrong"]:
+            raise RunError(f"{found['wrong']} files differ from what was stored", "the store is broken: report it")
+        bench.add(0, STORE, "llmkit", found["stored"] / 1e6, "MB", f"{found['restored']} files restored")
         bench.add(0, STORE, "each whole", found["whole"] / 1e6, "MB")
         bench.tables["store"] = [found]
 
