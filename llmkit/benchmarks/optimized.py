@@ -12,6 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from .bare import bench_variant
+from .edge import bench_edge
+from .job import separated
+from .layers import kv_bytes, write_layers
+from .model import Prompts, bench_model, source_text
+from .round import in_turn
+from .speculative import bench_speculative, code_prompts
+from .stored import bench_stored
+from ..core.errors import RunError
+from ..models.config import ModelConfig
+from ..optimization.choose import choose
+from ..optimization.compare import compare
+from ..optimization.export import ensure_variant
+from ..optimization.heldout import text_windows
+
+# %% auto #0
+__all__ = ['OWNS', 'transformers_rate', 'shaped', 'sources', 'race_transformers', 'guess_ahead', 'answer_alone',
+           'store_revisions', 'write_large', 'chosen']
+
+# %% ../../nbs/benchmarks/23_optimized.ipynb #dfa98cd6
 from llmkit.benchmarks.choices import (
     BARS,
     CALIBRATED,
@@ -32,23 +51,6 @@ from llmkit.benchmarks.choices import (
     quickstart,
     taken,
 )
-from .edge import bench_edge
-from .job import separated
-from .layers import kv_bytes, write_layers
-from .model import Prompts, bench_model, source_text
-from .round import in_turn
-from .speculative import bench_speculative, code_prompts
-from .stored import bench_stored
-from ..core.errors import RunError
-from ..models.config import ModelConfig
-from ..optimization.choose import choose
-from ..optimization.compare import compare
-from ..optimization.export import ensure_variant
-from ..optimization.heldout import text_windows
-
-# %% auto #0
-__all__ = ['OWNS', 'transformers_rate', 'shaped', 'sources', 'race_transformers', 'guess_ahead', 'answer_alone',
-           'store_revisions', 'write_large', 'chosen']
 
 # %% ../../nbs/benchmarks/23_optimized.ipynb #a56cb0ea
 def transformers_rate(folder: Path, prompts: Sequence[Sequence[int]], reply: int, threads: int) -> float:
