@@ -13,7 +13,7 @@ JOBS ?= 2
 COVERAGE ?= 90
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-notebooks test-python coverage conformance azurite declarations image-locks check format lab demo bench bench-serving bench-training bench-optimization soak hooks lock clean
+.PHONY: help install quickstart test test-notebooks test-python coverage conformance azurite declarations image-locks check format lab demo bench bench-serving bench-training bench-optimization bench-drift bench-rollout bench-monitoring soak hooks lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -100,12 +100,13 @@ demo: $(INSTALLED) ## Open a chat over the model of the last quickstart (RUN=FOL
 	@$(BIN)/llmkit demo quickstart=$(RUN)/02_train_model/model $(ARGS)
 
 # The numbered notebooks there hold what the others are made of. ARGS="" runs the tiny presets, without peers.
-bench: bench-serving bench-training bench-optimization ## Run the benchmarks beside their peers, each into a new folder in runs/bench/ (ARGS="-p NAME VALUE...")
+bench: bench-serving bench-training bench-optimization bench-drift bench-rollout bench-monitoring ## Run the benchmarks beside their peers, each into a new folder in runs/bench/ (ARGS="-p NAME VALUE...")
 
 bench-serving: ARGS = -p size S -p rounds 3 -p peers llama.cpp,transformers,litserve,vllm,openvino
 bench-training: ARGS = -p size full -p rounds 3 -p parts sft,parity,resume,kills,misconfigured,nodes,memory
 bench-optimization: ARGS = -p size S -p rounds 3
-bench-serving bench-training bench-optimization: bench-%: $(INSTALLED)
+bench-drift bench-rollout bench-monitoring: ARGS = -p size full
+bench-serving bench-training bench-optimization bench-drift bench-rollout bench-monitoring: bench-%: $(INSTALLED)
 	@$(BIN)/llmkit run nbs/benchmarks/$*.ipynb --out runs/bench/$*-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 soak: $(INSTALLED) ## Run the tests that take over a minute
