@@ -79,8 +79,7 @@ class Stage(Config):
             if "weight" in values:
                 raise ConfigError(f"stage {values} has a weight and a traffic", "give one of them")
             values["weight"] = percent(values.pop("traffic"))
-        if "duration" in values:
-            values["duration"] = duration(seconds(values["duration"]))
+        values["duration"] = duration(seconds(values["duration"])) if values.get("duration") else ""
         return super().from_dict(values)
 
 
