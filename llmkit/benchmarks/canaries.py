@@ -127,6 +127,10 @@ def promotions(cfg: RolloutBench) -> Iterator[Figure]:
                 what = f"promoted: {name}, base {base:.1%}, {rps:g} requests/s"
                 hits = int((found.verdict == PROMOTE).sum())
                 yield Figure.share(what, hits, cfg.runs, bar, at_most=times > 1, note=note)
+    hasty = written(stages=STAGES[1:], early=True, extensions=0)  # one stage, and promoted at the first evidence
+    world = World(base={**RATES, "errors": 0.01}, times={"errors": 2.0})
+    hits = int((simulate(hasty, world, cfg.runs, cfg.seed + 3).verdict == PROMOTE).sum())
+    yield Figure.share("promoted: twice the errors, one stage of 25 %, early", hits, cfg.runs, 0.05)
 
 # %% ../../nbs/benchmarks/25a_canaries.ipynb #9e2eff20
 def one_at_a_time(state: JudgeState, windows: list[dict[str, Counts]], i: int, looks: int) -> tuple[str, int, int]:
