@@ -79,7 +79,7 @@ class Stage(Config):
             if "weight" in values:
                 raise ConfigError(f"stage {values} has a weight and a traffic", "give one of them")
             values["weight"] = percent(values.pop("traffic"))
-        if "duration" in values:
+        if values.get("duration", "") != "":
             values["duration"] = duration(seconds(values["duration"]))
         return super().from_dict(values)
 
