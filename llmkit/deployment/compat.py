@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['Judge']
 
-# %% ../../nbs/deployment/02z_compat.ipynb #7f5c135d
+# %% ../../nbs/deployment/02z_compat.ipynb #02c4bb80
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import ConfigError
-from .evidence import FINE, WORSE, ratio_evidence, steps, total
+from .evidence import WORSE, fine, ratio_evidence, stakes, steps, total
 from .windows import Window
 
-# %% ../../nbs/deployment/02z_compat.ipynb #4a1bd949
+# %% ../../nbs/deployment/02z_compat.ipynb #91f5233f
 @dataclass
 class Judge:
     "Judges one canary at the planned share `weight` of the traffic; `look` at each window, `finish` at the end."
@@ -33,14 +35,14 @@ class Judge:
         ok = 0 < self.weight < 1 and self.margin > 1
         if not ok or not all(0 < a < 1 for a in (self.alpha, self.promote_alpha, self.ratio_alpha)):
             raise ConfigError(f"{self}: weight and alphas must be between 0 and 1, margin above 1")
-        self.harm: Any = 0.0
-        self.safe: Any = 0.0
+        self.harm: Any = np.array(stakes(WORSE))
+        self.safe: Any = np.array(stakes(fine(self.margin)))
 
     def look(self, w: Window) -> Any:
         "Take one window; the verdict, which does not change once it was reached."
         self.counts = c = self.counts + w
         self.harm = self.harm + steps(w.canary_bad, w.stable_bad, w.share, WORSE)
-        self.safe = self.safe + steps(w.canary_bad, w.stable_bad, w.share, FINE, self.margin)
+        self.safe = self.safe + steps(w.canary_bad, w.stable_bad, w.share, fine(self.margin), self.margin)
         harm, safe = float(total(self.harm)), float(total(self.safe))
         ratio = ratio_evidence(c.new[0], sum(c.new), self.weight)
         self.history.append({"requests": c.total, "harm": harm, "safe": safe, "ratio": ratio, "share": w.share})

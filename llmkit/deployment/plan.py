@@ -111,6 +111,7 @@ class Plan(Config):
     ratio_alpha: Annotated[float, Gt(0), Lt(1)] = 0.001  # probability of crying mismatch of the split about nothing
     margin: Annotated[float, Gt(1)] = 2.0  # how many times as bad is too bad
     extensions: Annotated[int, Ge(0)] = 1  # how often a stage that was not enough gets its time once more
+    early: bool = False  # promote as soon as the evidence is there; else a stage with a duration is watched to its end
 
     def validate(self) -> None:
         "There are stages, which grow, and gates with different names."
