@@ -5,7 +5,7 @@
 # %% ../../nbs/benchmarks/25a_canaries.ipynb #d0064074
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from ..deployment.windows import Window
 
 # %% auto #0
 __all__ = ['STAGES', 'FOUR', 'RATES', 'BASES', 'RATES_PER_S', 'written', 'outage', 'troubles', 'healthy_canaries', 'slow_draw',
-           'slow_canaries', 'failing_canaries', 'promotions', 'one_at_a_time', 'agreement', 'replay', 'judge_canaries']
+           'slow_canaries', 'failing_canaries', 'promotions', 'window_of', 'one_at_a_time', 'agreement', 'replay',
+           'judge_canaries']
 
 # %% ../../nbs/benchmarks/25a_canaries.ipynb #2810da60
 STAGES = [{"traffic": 5, "duration": "1h"}, {"traffic": 25, "duration": "4h"}, {"traffic": 100}]
@@ -133,11 +134,18 @@ def promotions(cfg: RolloutBench) -> Iterator[Figure]:
     yield Figure.share("promoted: twice the errors, one stage of 25 %, early", hits, cfg.runs, 0.05)
 
 # %% ../../nbs/benchmarks/25a_canaries.ipynb #9e2eff20
-def one_at_a_time(state: JudgeState, windows: list[dict[str, Counts]], i: int, looks: int) -> tuple[str, int, int]:
+def window_of(w: Counts, i: int) -> Window:
+    "The window of canary number `i`."
+    return Window(int(w.canary[i]), int(w.stable[i]), int(w.canary_bad[i]), int(w.stable_bad[i]))
+
+
+def one_at_a_time(
+    state: JudgeState, windows: Sequence[Mapping[str, Counts]], i: int, looks: int
+) -> tuple[str, int, int]:
     "Verdict, look of the verdict, and look of the alarm, of canary number `i` by the judge itself."
     alarm = 0
     for t, counts in enumerate(windows, 1):
-        state = look(state, {name: Window(*(int(a[i]) for a in w)) for name, w in counts.items()})
+        state = look(state, {name: window_of(w, i) for name, w in counts.items()})
         if not alarm and any(10 ** float(total(g.harm)) >= 1 / g.alpha for g in state.gates):
             alarm = t
         found = decide(state, over=t == looks)
@@ -163,7 +171,7 @@ def agreement(cfg: RolloutBench) -> Iterator[Figure]:
     yield Figure("looks from the alarm to the verdict, at most", float(late), 3 * each, bar=1.0)
 
 
-def replay(windows: list[dict[str, Counts]]) -> Draw:
+def replay(windows: Sequence[Mapping[str, Counts]]) -> Draw:
     "Windows that were drawn before."
     return lambda t, open_: {name: Counts(*(a[open_] for a in w)) for name, w in windows[t].items()}
 
