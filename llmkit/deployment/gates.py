@@ -93,7 +93,7 @@ Kind = Literal["events", "threshold"]
 _FIELDS = {"latency": "latency_s", "ttft": "ttft_s", "queue": "queue_s", "error": "error"}
 _LEVEL = re.compile(r"\s*(?:(P\d+(?:\.\d+)?)(?:\s+(?:of\s+)?(\w+))?|(\w+))\s*([<>])\s*(.+?)\s*", re.I)
 
-
+# %% ../../nbs/deployment/02b_gates.ipynb #a62e43a9
 @dataclass(kw_only=True)
 class Gate(Config):
     "One measure that a canary is judged by."

@@ -26,7 +26,7 @@ class Counts(NamedTuple):
     canary_bad: np.ndarray
     stable_bad: np.ndarray
 
-
+# %% ../../nbs/deployment/02d_simulation.ipynb #799b1ca8
 @dataclass(frozen=True, kw_only=True)
 class World:
     "What requests are like."
@@ -119,7 +119,7 @@ class Outcome:
         "The share of canaries with this verdict."
         return float((self.verdict == verdict).mean())
 
-
+# %% ../../nbs/deployment/02d_simulation.ipynb #572f8b6b
 def judge_all(
     state: JudgeState,  # at the start of the stage
     draw: Draw,
@@ -172,7 +172,7 @@ def length(stage: object, requests_per_s: float) -> float:
     requests = getattr(stage, "max_requests", None)
     return min(getattr(stage, "seconds", math.inf), requests / requests_per_s if requests else math.inf)
 
-
+# %% ../../nbs/deployment/02d_simulation.ipynb #f6958bce
 def simulate(
     plan: PlanLike,
     world: World,

@@ -43,7 +43,7 @@ class Window:
         bad = self.canary_bad + other.canary_bad, self.stable_bad + other.stable_bad
         return Window(self.canary + other.canary, self.stable + other.stable, *bad, (a[0] + b[0], a[1] + b[1]))
 
-
+# %% ../../nbs/deployment/02c_windows.ipynb #0983aaf4
 @dataclass(slots=True)
 class Label:
     "The verdict on one request: which revision answered, in which session, and was it bad?"
@@ -52,7 +52,7 @@ class Label:
     bad: bool
     session: str = ""  # empty: a session of its own
 
-
+# %% ../../nbs/deployment/02c_windows.ipynb #a4e9a73b
 @dataclass(slots=True)
 class Sessions:
     "What is known of the sessions of a stage: those that were met, and those that had their bad event."
