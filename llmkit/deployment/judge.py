@@ -17,7 +17,6 @@ import numpy as np
 
 from ..core.config import nearest
 from ..core.errors import ConfigError
-from .compat import Judge as Judge
 from .evidence import WORSE, fine, ratio_evidence, stakes, steps, total
 from .gates import Gate as Gate
 from .windows import Label as Label

@@ -17,7 +17,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from ..core.config import Config
 from ..core.errors import ConfigError
 from .gates import Gate
-from .judge import Judge
 
 # %% ../../nbs/deployment/03_plan.ipynb #d9460b6a
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -79,8 +78,7 @@ class Stage(Config):
             if "weight" in values:
                 raise ConfigError(f"stage {values} has a weight and a traffic", "give one of them")
             values["weight"] = percent(values.pop("traffic"))
-        if values.get("duration", "") != "":
-            values["duration"] = duration(seconds(values["duration"]))
+        values["duration"] = duration(seconds(values["duration"])) if values.get("duration") else ""
         return super().from_dict(values)
 
 
@@ -146,10 +144,6 @@ class Plan(Config):
     def judged(self) -> list[Stage]:
         "The stages in which there are two arms to compare."
         return [s for s in self.stages if s.weight < 1]
-
-    def judge(self, stage: Stage, stages: int = 1) -> Judge:
-        "A judge of one gate for `stage`; alpha is split over `stages`."
-        return Judge(stage.weight, self.alpha / stages, self.promote_alpha, self.margin)
 
 
 ENDS = "add {'traffic': 100}, or say 'hold': true if a person is to take the last step"

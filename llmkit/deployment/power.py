@@ -167,8 +167,8 @@ def table(power: Power) -> str:
         more = (f"{s.found_later:.0%}", f"{s.hours_to_find:.1f}", f"{s.false:.1%}", f"{s.passed:.0%}")
         rows.append((*row, *more, f"{s.hours_to_pass:.1f}"))
     all_ = ("whole", duration(sum(s.hours for s in power.stages) * 3600), "", "", f"{power.found:.0%}")
-    more = (f"{power.hours_to_find:.1f}", f"{power.false:.1%}", f"{power.promoted:.0%}")
-    rows.append((*all_, *more, f"{power.hours_to_promote:.1f}"))
+    rest = (f"{power.hours_to_find:.1f}", f"{power.false:.1%}", f"{power.promoted:.0%}")
+    rows.append((*all_, *rest, f"{power.hours_to_promote:.1f}"))
     lines = ["  ".join(f"{x:>11}" for x in row).replace("nan", "  –") for row in rows]
     return "\n".join([power.what, *lines, *(f"warning: {w}" for w in power.warnings)])
 

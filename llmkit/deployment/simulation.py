@@ -183,7 +183,8 @@ def simulate(
 ) -> Course:
     "Roll `runs` canaries out by `plan` in `world`."
     rng, going, n = np.random.default_rng(seed), np.arange(runs), len(plan.stages)
-    course = Course(np.full(runs, PROMOTE), *(np.zeros(runs, k) for k in (float, int, int)), np.zeros(n, int))
+    verdict, hours, (stage_of, canary) = np.full(runs, PROMOTE), np.zeros(runs), np.zeros((2, runs), int)
+    course = Course(verdict, hours, stage_of, canary, np.zeros(n, int))
     for i, stage in enumerate(plan.stages):
         state, course.entered[i] = start(plan, i), len(going)
         if stage.weight == 1 or not len(going):
