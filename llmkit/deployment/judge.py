@@ -195,7 +195,7 @@ def compare(g: GateState) -> str:
         f"{g.name}: {c.canary_bad:,} of {c.canary:,} canary requests were bad ({c.canary_bad / max(c.canary, 1):.2%})"
     )
     if g.kind == "threshold":
-        return f"{mine}, {g.level:.3g} is allowed"
+        return f"{mine}, {g.level:.3g} of them may be"
     return f"{mine}, {c.stable_bad:,} of {c.stable:,} stable ones ({c.stable_bad / max(c.stable, 1):.2%})"
 
 # %% ../../nbs/deployment/02_judge.ipynb #ff7d1e48
@@ -218,7 +218,7 @@ def broken_split(state: JudgeState) -> Decision | None:
     if evidence < -math.log10(state.ratio_alpha):
         return None
     reason = f"the canary got {mine:,} of {mine + others:,} requests ({mine / (mine + others):.1%})"
-    reason += f" where {state.weight:.1%} were planned: the router or the log is wrong, so no verdict is"
+    reason += f" where {state.weight:.1%} were planned: the router or the log is wrong"
     return Decision("inconclusive", reason, state.gates[0].name, evidence, "hold")
 
 
