@@ -19,9 +19,15 @@ from llmkit.benchmarks.rollout_kills import HOLDS, kill_figures, rollout_kills
 from llmkit.benchmarks.world import World, world
 from llmkit.core.card import ModelCard
 from llmkit.core.registry import get_version, register, set_alias
+from llmkit.deployment.backend import RouterBackend
+from llmkit.deployment.controller import Controller, begin_rollout
 from llmkit.deployment.journal import Book
+from llmkit.deployment.plan import Plan
 from llmkit.deployment.policy import history
+from llmkit.deployment.signals import LogSignals
+from llmkit.deployment.state import RolloutState
 from llmkit.deployment.traffic import drive
+from llmkit.monitoring.requestlog import read_requests
 from llmkit.serving.client import AdminClient
 from llmkit.serving.process import ServerProcess
 
@@ -161,6 +167,34 @@ def test_a_candidate_is_rolled_out_by_itself(tmp_path: Path) -> None:
             assert admin.routes()["llmkit"] == {ModelCard.load(tmp_path / "two").revision: 1.0}
     champion = get_version("quick", "champion", uri)
     assert champion is not None and champion.version == version
+
+
+def test_a_shadow_is_judged_by_its_copies(tmp_path: Path) -> None:
+    """A real server copies requests; nobody's answer comes from the shadow, and no copy is made after the end."""
+    mock_model(tmp_path / "model")
+    log, over = tmp_path / "requests.db", threading.Event()
+    plan = Plan.from_dict(
+        {
+            "stages": [{"weight": 1.0, "max_requests": 100_000}],
+            "gates": [{"name": "long", "bad": "completion_tokens > 1"}],
+            "margin": 3.0,
+        }
+    )
+    state = RolloutState(alias="llmkit", canary="new", stable="old", plan=plan.to_dict(), strategy="shadow")
+    with ServerProcess({"old": tmp_path / "model", "new": tmp_path / "model"}, engine="mock", log=log) as server:
+        users = threading.Thread(target=use, args=(server.url, over), daemon=True)
+        users.start()
+        book = begin_rollout(state, tmp_path / "rollouts")
+        with AdminClient(server.base, server.admin_key) as admin:
+            ended = Controller(book, RouterBackend(admin), LogSignals(log, every=0.3)).run()
+            assert (admin.routes()["llmkit"], admin.shadows()) == ({"old": 1.0}, {})
+        over.set()
+        users.join()
+    assert ended.outcome == "passed", str(ended)
+    rows = read_requests(log, shadows=True)
+    assert {(r["revision"], r["source"]) for r in rows} <= {("old", ""), ("old", "cache"), ("new", "shadow")}
+    copied = [e.data["traffic"]["shadow"] for e in book.entries("settled")]
+    assert copied == [["new", 1.0], None]
 
 
 def use(url: str, over: threading.Event) -> None:
