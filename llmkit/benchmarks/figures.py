@@ -65,7 +65,8 @@ class Figure:
 PARTS = {
     "judge": "llmkit.benchmarks.canaries:judge_canaries",
     "rules": "llmkit.benchmarks.rules:compare_rules",
-    # The controller under kill -9 (27_*) and A/A experiments (28_*) have their places here.
+    "kills": "llmkit.benchmarks.rollout_kills:killed_controllers",
+    # A/A experiments (28_*) have their place here: a function of the settings that gives a `Part`.
 }
 
 
