@@ -53,6 +53,7 @@ class Threshold(Rule):
     limit, checks = 0.01, 5
 
     def alarms(self, requests: Counts, sessions: Counts) -> np.ndarray:
+        "Where it rolls back now."
         if not self.minutes:
             self.failed = np.zeros(self.runs, int)
         self.minutes += 1
@@ -76,6 +77,7 @@ class MannWhitney(Rule):
     every = 60
 
     def alarms(self, requests: Counts, sessions: Counts) -> np.ndarray:
+        "Where it rolls back now."
         if not self.minutes:
             self.rates: list[np.ndarray] = []
         self.minutes += 1
@@ -100,6 +102,7 @@ class Cumulative(Rule):
     "A rule about the difference of two rates so far."
 
     def alarms(self, requests: Counts, sessions: Counts) -> np.ndarray:
+        "Where it rolls back now."
         if not self.minutes:
             self.sums: list[Any] = [np.zeros(self.runs)] * 4
         self.minutes += 1
@@ -118,6 +121,7 @@ class Peeked(Cumulative):
     "A one-sided z-test at 1 %."
 
     def worse(self, difference: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        "Where the difference is too large for its variance."
         return difference > 2.326 * np.sqrt(variance)
 
 
@@ -125,6 +129,7 @@ class Msprt(Cumulative):
     "mSPRT with a normal mixture, at half of 1 % a stage."
 
     def worse(self, difference: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        "Where the difference is too large for its variance."
         tau, variance = self.base**2, np.maximum(variance, 1e-12)
         log = 0.5 * np.log(variance / (variance + tau)) + tau * difference**2 / (2 * variance * (variance + tau))
         return (difference > 0) & (log >= -math.log(0.005))
@@ -136,6 +141,7 @@ class Judged(Rule):
     stage = 0
 
     def alarms(self, requests: Counts, sessions: Counts) -> np.ndarray:
+        "Where it rolls back now."
         if not self.minutes:
             self.bets = Bets(start(written(gates=["errors"]), self.stage).gates[0], self.runs)
         self.minutes += 1

@@ -112,9 +112,7 @@ class Gate(Config):
     def validate(self) -> None:
         "A known name or a predicate, and a threshold exactly where there is one."
         if (self.kind == "threshold") != bool(self.threshold):
-            self.fail(
-                "threshold", f"must {'be given' if self.kind == 'threshold' else 'be empty'} for kind {self.kind!r}"
-            )
+            self.fail("threshold", f"must be given for kind 'threshold', and for no other; this is {self.kind!r}")
         if self.kind == "threshold":
             parse_threshold(self.threshold)
         elif not self.bad and self.name not in BAD:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .evidence import WORSE, fine, ratio_evidence, steps, total
-from .judge import GateState, JudgeState, PlanLike, start
+from .judge import GateState, JudgeState, start
+from .plan import Plan
 
 # %% ../../nbs/deployment/02d_simulation.ipynb #4e335d1d
 class Counts(NamedTuple):
@@ -174,7 +175,7 @@ def length(stage: object, requests_per_s: float) -> float:
 
 # %% ../../nbs/deployment/02d_simulation.ipynb #f6958bce
 def simulate(
-    plan: PlanLike,
+    plan: Plan,
     world: World,
     runs: int = 1000,
     seed: int = 0,
