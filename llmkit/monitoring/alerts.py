@@ -88,7 +88,8 @@ def threshold(text: str) -> Threshold:
     part = "signal"
     try:
         found = signal(whole["signal"])
-        part, bound = "bound", quantity(whole["bound"], found.unit)
+        part = "bound"
+        bound = quantity(whole["bound"], found.unit)
         made = Threshold(found, whole["op"], bound, text.strip())
         reachable(made)
     except ConfigError as e:
@@ -114,7 +115,9 @@ def reachable(t: Threshold) -> None:
     never = {">": b >= s.high, ">=": b > s.high, "<": b <= s.low, "<=": b < s.low}[t.op]
     always = {">": b < s.low, ">=": b <= s.low, "<": b > s.high, "<=": b >= s.high}[t.op]
     if never or always:
-        hint = "a share is at most 1: did you forget the %?" if s.unit == "share" else f"it is {s.low:g} to {s.high:g}"
+        hint = (
+            "a share is at most 1: did you forget the %?" if s.unit == "share" else f"it can be {s.low:g} to {s.high:g}"
+        )
         raise ConfigError(f"{s.name} {t.op} {b:g} holds {'never' if never else 'always'}", hint)
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #c2073ff1

@@ -47,13 +47,14 @@ def quantity(
         raise ConfigError(f"{text.strip()!r} is no number with a unit", _example(unit))
     suffix = (found[1] + found[3]) if found[1] else found[3]
     if suffix not in known:
-        raise ConfigError(f"{text.strip()!r} is no number of {unit}", _example(unit))
+        raise ConfigError(f"{text.strip()!r} is not a quantity in {unit}", _example(unit))
     number, scale = float(found[2]), known[suffix]
     return number * scale if scale >= 1 else number / round(1 / scale)  # 99.5 / 100 is 0.995, 99.5 * 0.01 is not
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #8c57cc0c
 def _example(unit: str) -> str:
-    shown = [f"${1:g}{u[1:]}" if u.startswith("$") else f"{1:g}{u}" for u in UNITS[unit]]
+    one = {"": "0.01"} if unit == "share" else {}
+    shown = [one.get(u) or (f"$1{u[1:]}" if u.startswith("$") else f"1{u}") for u in UNITS[unit]]
     return f"write for example {', '.join(shown[:6])}"
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #df5287ef
