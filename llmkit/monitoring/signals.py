@@ -98,9 +98,9 @@ def time_signal(
     name = f"P{percent:g}" if what == "latency" else f"{what}_p{percent:g}"
     sentence = f"what {percent:g} % of the requests stay below: seconds {meaning}"
     kql = f"value = percentile(DurationMs, {percent:g}) / 1000" if what == "latency" else ""
-    high = getattr(Buckets(), HISTOGRAMS[family])[-1]
-    expr = Quantile(round(percent / 100, 6), Over("sum", ("model_name", "le"), rates))
-    return Signal(name, sentence, "seconds", expr, high=high, kql=kql)
+    bounds, q = getattr(Buckets(), HISTOGRAMS[family]), round(percent / 100, 6)
+    expr = Quantile(q, Over("sum", ("model_name", "le"), rates))
+    return Signal(name, sentence, "seconds", expr, low=q * bounds[0], high=bounds[-1], kql=kql)
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #8caaedb0
 def _total(name: str, *where: Matcher, by: tuple[str, ...] = (), how: type[Rate] = Rate) -> Over:
