@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmkit.monitoring.alerts import AlertRule, default_rules, read_rules
+from llmkit.monitoring.evaluator import Evaluator
 from llmkit.monitoring.promql import Divide, Expr, Increase, Moment, OrZero, Over, Quantile, Rate, Series, Vector
+from llmkit.monitoring.rulefiles import as_yaml, prometheus_rules, prometheus_tests
 from llmkit.monitoring.series import Labels, Matcher, Store, labels_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,3 +144,93 @@ def test_every_expression_agrees_with_prometheus_on_random_series(tmp_path: Path
     wrong = [(q, a, b) for q, a, b in zip(asking, ours, theirs, strict=True) if not same(a, b)]
     assert not wrong, "\n".join(map(str, wrong[:5]))
     assert sum(map(bool, theirs)) > 200  # most questions have an answer
+
+
+# Rules
+
+
+RULES = """
+share: {threshold: "error_rate > 20%", for: 0s, window: 1m}
+late: {threshold: "P95 > 200ms", for: 1m, window: 2m}
+quick: {threshold: "P50 <= 0.1s", for: 30s, window: 1m}
+queue: {threshold: "queue >= 3", severity: info, for: 1m30s}
+right: {threshold: "accuracy < 0.9", severity: critical, for: 15s}
+lost: {threshold: "request_log_lost > 0", for: 0s, window: 2m, labels: {team: data}}
+down: {threshold: "servers_up < 1", for: 45s}
+"""
+
+
+def life(rng: random.Random) -> Script:
+    """Series of the names that the rules above read, with gaps, ends and returns."""
+    n = rng.randint(20, 70)
+
+    def gauge(name: str, values: list[float], **labels: str) -> tuple[Labels, list[str]]:
+        now, made = rng.choice(values), []
+        for _ in range(n):
+            now = rng.choice(values) if rng.random() < 0.2 else now
+            made.append("_" if rng.random() < 0.1 else "stale" if rng.random() < 0.03 else repr(now))
+        return labels_of(name, labels), made
+
+    script = [gauge("up", [0.0, 1.0, 1.0], job="llmkit"), (labels_of("llmkit:request_log_lost_total"), counter(rng, n))]
+    for model in ("v1", "v2"):
+        script.append(gauge("vllm:num_requests_waiting", [0.0, 2.0, 3.0, 5.0], model_name=model, engine="0"))
+        script.append(gauge("llmkit:accuracy", [0.85, 0.9, 0.95], revision=model))
+        fast, slow = counter(rng, n), counter(rng, n)
+        for le, values in (("0.1", fast), ("1.0", slow), ("+Inf", slow)):
+            name = "vllm:e2e_request_latency_seconds_bucket"
+            script.append((labels_of(name, {"model_name": model, "le": le}), values))
+    for status in ("200", "500", "503"):
+        script.append((labels_of("llmkit:http_responses_total", {"status": status}), counter(rng, n)))
+    return script
+
+
+@needs("promtool")
+def test_alerts_are_pending_firing_and_gone_when_prometheus_says_so(tmp_path: Path) -> None:
+    """Every step of random lives: our states against Prometheus' own series ALERTS."""
+    rules, rng = read_rules(RULES), random.Random(11)
+    tests, ours = [], []
+    for _ in range(6):
+        script, end = life(rng), 80
+        store = filled(script)
+        evaluator, questions = Evaluator(rules, store), []
+        for step in range(end):
+            evaluator.evaluate(step * STEP_S)
+            questions.append(("ALERTS", step * STEP_S))
+            now = {labels_of("ALERTS", a.labels | {"alertstate": a.state}): 1.0 for a in evaluator.active.values()}
+            ours.append(now)
+        tests.append((script, questions))
+    theirs = asked(tmp_path, tests, prometheus_rules(rules))
+    wrong = [(i, a.keys() ^ b.keys()) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if not same(a, b)]
+    assert not wrong, "\n".join(map(str, wrong[:5]))
+    seen = {(dict(k)["alertname"], dict(k)["alertstate"]) for v in theirs for k in v}
+    assert len(seen) >= 12, seen  # nearly every rule was pending, and fired
+
+
+@needs("promtool")
+def test_promtool_is_content_with_all_cases_of_rules_of_every_kind(tmp_path: Path) -> None:
+    texts = ["P99.9 > 5s", "ttft_p95 >= 250ms", "throughput < 1/s", "cost_per_1k_tokens > $0.02", "memory > 90%"]
+    texts += ["drift_alarms > 0", "satisfaction <= 0.5", "servers_up < 3", "failed_rate > 1%", "network_io > 100MB/s"]
+    holds = ["0s", "1m30s"]
+    rules = [AlertRule(name=f"r{i}", threshold=t, for_=holds[i % 2], window="2m") for i, t in enumerate(texts)]
+    assert promtool(tmp_path, rules, prometheus_tests(rules)) == ""
+
+
+@needs("promtool")
+def test_promtool_would_say_if_a_rule_did_not_do_what_its_cases_say(tmp_path: Path) -> None:
+    """The cases are no decoration: a bound, a duration or a label that is wrong in the rules is found."""
+    rules = default_rules()
+    for change in ({"threshold": "P95 > 300ms"}, {"for_": "30m"}, {"severity": "info"}):
+        (folder := tmp_path / next(iter(change))).mkdir()
+        other = [AlertRule.from_dict(rules[0].to_dict() | {k.rstrip("_"): v for k, v in change.items()})]
+        assert "high_latency" in promtool(folder, other, prometheus_tests(rules[:1]))
+
+
+def promtool(folder: Path, rules: list[AlertRule], tests: dict) -> str:
+    """What promtool complains about; empty if it does not."""
+    (folder / "rules.yml").write_text(as_yaml(prometheus_rules(rules)))
+    (folder / "tests.yml").write_text(as_yaml(tests))
+    for words in (("check", "rules", "rules.yml"), ("test", "rules", "tests.yml")):
+        done = subprocess.run(["promtool", *words], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            return done.stdout + done.stderr
+    return ""
