@@ -170,6 +170,7 @@ OWN |= {
     "drift_alarms": (Counter, "Drift alarms", _AT),
     "monitor_dropped": (Counter, "Rows that the monitor had no room for, or lost with its worker", ()),
     "monitor_behind_seconds": (Gauge, "How long ago the oldest row came that the monitor has not looked at", ()),
+    "monitor_sink_failures": (Counter, "Batches that a part of the monitor failed on", ("sink",)),
     "monitor_restarts": (Counter, "Times that the monitor's worker was replaced because it died", ()),
     "request_log_lost": (Counter, "Rows and labels that the request log's disk did not take", ()),
     "request_log_duplicates": (Counter, "Rows whose request id was there already", ()),
@@ -200,6 +201,7 @@ OWN |= {
     "system_network_bytes": (Counter, "Bytes received and sent", ("direction",)),
     "gpu_utilization_ratio": (Gauge, "Share of the time in which a GPU worked", ("gpu",)),
     "gpu_memory_bytes": (Gauge, "Memory of a GPU in use", ("gpu",)),
+    "gpu_memory_total_bytes": (Gauge, "Memory of a GPU", ("gpu",)),
     "gpu_power_watts": (Gauge, "Power that a GPU draws", ("gpu",)),
     "gpu_temperature_celsius": (Gauge, "Temperature of a GPU", ("gpu",)),
 }
