@@ -6,7 +6,7 @@
 __all__ = ['TELL_S', 'DONE_S', 'Feed', 'Back', 'Outbox', 'work_on', 'serve_work', 'Worker', 'FeedPlane', 'SelfRepairing',
            'ProcessPlane', 'worker_command']
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #1104d0d4
+# %% ../../nbs/monitoring/01e_feed.ipynb #25096dd1
 import asyncio
 import contextlib
 import fcntl
@@ -31,7 +31,7 @@ from .gpu import Reading
 from .logfile import Label, RequestRow
 from .plane import SLICE, Item, Plane, Ring, Work
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #a5d2cbb8
+# %% ../../nbs/monitoring/01e_feed.ipynb #dbdd0329
 @dataclass(slots=True)
 class Feed:
     "What the worker gets."
@@ -41,7 +41,7 @@ class Feed:
     question: dict[str, Any] = field(default_factory=dict)
     number: int = 0  # of the question; 0: no answer is wanted
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #85648676
+# %% ../../nbs/monitoring/01e_feed.ipynb #01b46b01
 @dataclass(slots=True)
 class Back:
     "What the worker tells."
@@ -51,7 +51,7 @@ class Back:
     number: int = 0
     answer: dict[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #e4e73d3f
+# %% ../../nbs/monitoring/01e_feed.ipynb #c84cb859
 class Outbox:
     "Whole messages into a file descriptor that never blocks."
 
@@ -80,7 +80,7 @@ class Outbox:
             self._held.clear()
         return True
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #46d28ce4
+# %% ../../nbs/monitoring/01e_feed.ipynb #1ad44f9e
 TELL_S, DONE_S = 0.5, 0.05  # seconds between readings, and between reports of what is done
 
 
@@ -108,7 +108,7 @@ def work_on(work: Work, inbox: Messages, out: Outbox) -> None:
     work.close()
     out.add(Back(work.done, work.read()))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #a6f9afcc
+# %% ../../nbs/monitoring/01e_feed.ipynb #561d3aee
 def serve_work(work: Work, fd_in: int, fd_out: int) -> None:
     "The body of a worker process."
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -117,7 +117,7 @@ def serve_work(work: Work, fd_in: int, fd_out: int) -> None:
         os.nice(5)
     work_on(work, Messages(fd_in, Feed), Outbox(fd_out))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #8489672a
+# %% ../../nbs/monitoring/01e_feed.ipynb #68074377
 class Worker:
     "A running worker process: what was sent, what is done."
 
@@ -129,7 +129,8 @@ class Worker:
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
         args = [*command, str(theirs_in), str(theirs_out)]
         self.process = subprocess.Popen(args, pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL)
-        os.close(theirs_in), os.close(theirs_out)
+        for fd in (theirs_in, theirs_out):
+            os.close(fd)
         self.out, self.inbox, self.began = Outbox(down), Messages(up, Back), time.monotonic()
         self.sent, self.done = 0, 0
         self.waiting: deque[tuple[int, float]] = deque()  # how many were sent, and when the oldest of those came
@@ -157,7 +158,7 @@ class Worker:
                 os.close(fd)
         return self.sent - self.done
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #d89bedbb
+# %% ../../nbs/monitoring/01e_feed.ipynb #7477899e
 class FeedPlane(Plane):
     "Moves items from the ring into the worker's pipe, in slices, on the event loop."
 
@@ -197,7 +198,7 @@ class FeedPlane(Plane):
             return time.monotonic() - self._worker.waiting[0][1]
         return super().behind()
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #9225fa1b
+# %% ../../nbs/monitoring/01e_feed.ipynb #3cee1a5b
 class SelfRepairing(FeedPlane):
     "Starts the worker, hears it, and replaces it when it dies."
 
@@ -250,13 +251,13 @@ class SelfRepairing(FeedPlane):
         self._answers.clear()
         self._loop.call_later(self._wait, self._begin)
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #66c33e56
+# %% ../../nbs/monitoring/01e_feed.ipynb #430c845c
 class ProcessPlane(SelfRepairing):
     "The sinks in a process of their own: what a server uses."
 
     def tell(self, question: Mapping[str, Any]) -> None:
-        "Let the sinks know something, and those of the workers to come."
-        self._told.append(dict(question))
+        "Let the sinks know something, and those of the workers to come; the latest word on a revision counts."
+        self._told = [q for q in self._told if q.get("revision") != question.get("revision")] + [dict(question)]
         if self._worker is not None:
             self._worker.out.add(Feed(question=dict(question)))
 
@@ -304,7 +305,7 @@ class ProcessPlane(SelfRepairing):
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(max(0.0, until - time.monotonic()))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #c6534079
+# %% ../../nbs/monitoring/01e_feed.ipynb #8d2c1be3
 def worker_command(spec: Mapping[str, Any], module: str = "llmkit.monitoring.worker") -> list[str]:
     "How a worker process is started: `module` gets the JSON of `spec` and two file descriptors."
     return [sys.executable, "-m", module, json.dumps(dict(spec))]

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 # %% auto #0
 __all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'COLD', 'PHASE', 'OWN',
-           'PHASES', 'Buckets', 'Finished', 'ModelMetrics', 'observe_request', 'ServerMetrics']
+           'PHASES', 'Buckets', 'Finished', 'ModelMetrics', 'phases_of', 'observe_request', 'ServerMetrics']
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #82bb78b3
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -76,6 +76,8 @@ class Finished:
     total_s: float
     max_tokens: int
     n: int = 1
+    detokenise_s: float = 0.0
+    write_s: float = 0.0
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #774d1499
 @dataclass
@@ -87,6 +89,7 @@ class ModelMetrics:
     histograms: dict[str, Histogram]
     by_reason: dict[str, Counter]
     labels: tuple[str, str]
+    phases: dict[str, Histogram] = field(default_factory=dict)
     reasons: dict[tuple[str, str], Counter] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)  # totals, when they were last looked at
 
@@ -119,6 +122,14 @@ class ModelMetrics:
         self.histograms["request_prompt_tokens"].observe(tokens)
         self.histograms["e2e_request_latency_seconds"].observe(seconds)
 
+# %% ../../nbs/monitoring/01_metrics.ipynb #173ef7c0
+def phases_of(f: Finished) -> dict[str, float]:
+    "Seconds of each phase of a finished request."
+    ours = f.detokenise_s + f.write_s
+    prefill, decode = max(0.0, f.first_s - f.queue_s), max(0.0, f.total_s - f.first_s - ours)
+    found = {"queue": f.queue_s, "prefill": prefill, "decode": decode}
+    return found | {"detokenise": f.detokenise_s, "write": f.write_s}
+
 # %% ../../nbs/monitoring/01_metrics.ipynb #54583f89
 def observe_request(m: ModelMetrics, f: Finished) -> None:
     "Put a finished request into the counters and histograms of `m`."
@@ -136,6 +147,8 @@ def observe_request(m: ModelMetrics, f: Finished) -> None:
         values["request_time_per_output_token_seconds"] = decode / (f.completion_tokens - 1)
     for name, value in values.items():
         m.histograms[name].observe(value)
+    for phase, value in phases_of(f).items():
+        m.phases[phase].observe(value)
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #c31f4661
 COLD = partial(Histogram, buckets=(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0))
@@ -234,6 +247,7 @@ class ServerMetrics:
             {n: h.labels(*at) for n, h in self.histograms.items()},
             self.by_reason,
             at,
+            {p: self.own["request_phase_seconds"].labels(model_name, p) for p in PHASES},
         )
 
     def render(self) -> bytes:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Item', 'SLICE', 'Ring', 'Sink', 'masked_json', 'masked', 'Work', 'Board', 'Plane', 'ThreadPlane']
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #cff41186
+# %% ../../nbs/monitoring/01d_plane.ipynb #90782e11
 import asyncio
 import json
 import logging
@@ -21,7 +21,7 @@ from .gpu import Reading
 from .logfile import Label, RequestRow
 from ..security.pii import mask
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #8f47a4bc
+# %% ../../nbs/monitoring/01d_plane.ipynb #b01e9a84
 Item = RequestRow | Label  # what goes through the planes
 
 
@@ -66,7 +66,7 @@ class Ring:
         except IndexError:
             return None
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #a72ed755
+# %% ../../nbs/monitoring/01d_plane.ipynb #30403abb
 class Sink:
     "Something that wants every row; subclasses override what they need."
 
@@ -87,7 +87,7 @@ class Sink:
     def close(self) -> None:
         "Write what is left."
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #e38dc34a
+# %% ../../nbs/monitoring/01d_plane.ipynb #cfed9032
 def masked_json(text: str) -> str:
     "A flat JSON object with its keys and values masked."
     said = {mask(k).text: mask(v).text for k, v in json.loads(text).items()} if text else {}
@@ -98,10 +98,12 @@ def masked(item: Item) -> Item:
     "The item with all its texts masked."
     if isinstance(item, Label):
         return replace(item, text=mask(item.text).text) if item.text else item
-    texts = {n: mask(t).text for n in ("prompt", "completion", "error") if (t := getattr(item, n))}
-    return replace(item, **texts, metadata=masked_json(item.metadata))
+    texts = (mask(t).text if t else "" for t in (item.prompt, item.completion, item.error))
+    prompt, completion, error = texts
+    metadata = masked_json(item.metadata)
+    return replace(item, prompt=prompt, completion=completion, error=error, metadata=metadata)
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #938d09a1
+# %% ../../nbs/monitoring/01d_plane.ipynb #6651e7b4
 class Work:
     "The sinks, and how many items went through them."
 
@@ -143,7 +145,7 @@ class Work:
         for sink in self.sinks:
             sink.close()
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #27b3e62f
+# %% ../../nbs/monitoring/01d_plane.ipynb #1593a24b
 class Board:
     "Shows what the worker told on the metric families of the server."
 
@@ -169,7 +171,7 @@ class Board:
                 self._families[name].remove(*(dict(at)[n] for n in self._families[name]._labelnames))
         self._shown = now
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #eddf514c
+# %% ../../nbs/monitoring/01d_plane.ipynb #df8bfb6c
 SLICE = 8  # items that are handled at a time
 
 
@@ -214,7 +216,7 @@ class Plane:
         own = [Reading("monitor_dropped_total", float(self.dropped)), Reading("monitor_behind_seconds", self.behind())]
         return [*own, Reading("monitor_restarts_total", float(self.restarts)), *self.readings]
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #b31b0585
+# %% ../../nbs/monitoring/01d_plane.ipynb #bd55eeb8
 class ThreadPlane(Plane):
     "The sinks in a thread of this process: for notebooks, tests and jobs."
 
