@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'SIZES', 'margin', 'Score', 'Distances']
 
-# %% ../../nbs/monitoring/03f_distance.ipynb #d9253ee7
+# %% ../../nbs/monitoring/03f_distance.ipynb #c3c511bb
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 from .edetector import Column
 from .ranks import CELLS, MISSING
 
-# %% ../../nbs/monitoring/03f_distance.ipynb #79acb29b
+# %% ../../nbs/monitoring/03f_distance.ipynb #82764adf
 def margin(
     rows: np.ndarray | float,  # in the sample
     sets: np.ndarray | float,  # logarithm of how many differences are looked at
@@ -24,7 +24,7 @@ def margin(
     "How far, at most, a sample's shares are from the true ones, but for a probability of `alpha`."
     return np.sqrt((sets - np.log(alpha)) / (2 * np.maximum(rows, 1e-9)))
 
-# %% ../../nbs/monitoring/03f_distance.ipynb #5e091c37
+# %% ../../nbs/monitoring/03f_distance.ipynb #ce85ea58
 SMALLEST, SIZES = 64, 7
 
 
@@ -37,7 +37,7 @@ class Score:
     column: str
     rows: int  # of the window
 
-# %% ../../nbs/monitoring/03f_distance.ipynb #ebc8ae41
+# %% ../../nbs/monitoring/03f_distance.ipynb #f1af50ae
 class Distances:
     "Distances of live windows to a reference, kept up with a stream of rows."
 
@@ -72,9 +72,8 @@ class Distances:
 
     def _count(self, cells: np.ndarray, values: np.ndarray) -> None:
         k = len(cells)
-        self.open[:k] += np.bincount((cells + self.offset).ravel(), minlength=self.offset.size * (CELLS + 1)).reshape(
-            k, -1
-        )
+        at = (cells + self.offset).ravel()
+        self.open[:k] += np.bincount(at, minlength=k * (CELLS + 1)).reshape(k, -1)
         for line, i in zip(self.open[k:], self.classes, strict=True):
             line += np.bincount(np.nan_to_num(values[:, i], nan=MISSING).astype(int), minlength=CELLS + 1)
         self.open[:, MISSING] = 0

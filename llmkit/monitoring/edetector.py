@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Column', 'join_tables', 'grow_owned', 'pack_array', 'unpack_array', 'EDetector']
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #6c35015b
+# %% ../../nbs/monitoring/03d_edetector.ipynb #1d17274a
 import base64
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ..core.errors import ConfigError, DataError
 from .bets import BETS, BINS, bin_of, category_bets, number_bets
 from .ranks import Ranks
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #5e9bfdc2
+# %% ../../nbs/monitoring/03d_edetector.ipynb #a81eec47
 @dataclass(frozen=True, slots=True)
 class Column:
     "One column of the reference, without its missing values."
@@ -33,7 +33,7 @@ class Column:
             return number_bets()
         return category_bets(np.bincount(self.values.astype(int), minlength=self.categories).tolist())
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #4b68837a
+# %% ../../nbs/monitoring/03d_edetector.ipynb #0c98a436
 def join_tables(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
     "All tables one below the other, and the line where each column's begins."
     tables, starts = [number_bets()], []
@@ -42,17 +42,17 @@ def join_tables(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
         tables += [column.bets()] if column.categories else []
     return np.concatenate(tables), np.array(starts, np.intp)
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #f42815a9
+# %% ../../nbs/monitoring/03d_edetector.ipynb #0d2cd3e4
 def grow_owned(owned: np.ndarray, pays: np.ndarray) -> np.ndarray:
-    "What is owned after each row [rows, ...] when `owned` is before the first; `pays` [rows, ...]."
-    found = np.empty_like(pays)
-    for now, pay in zip(found, pays, strict=True):
-        np.add(owned, 1.0, out=now)
-        now *= pay
+    "What is owned after each row when `owned` is before the first; it takes the place of `pays` [rows, ...]."
+    stake = np.empty_like(owned)
+    for now in pays:
+        np.add(owned, 1.0, out=stake)
+        now *= stake
         owned = now
-    return found
+    return pays
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #8eec297a
+# %% ../../nbs/monitoring/03d_edetector.ipynb #35fb25bc
 def pack_array(array: np.ndarray) -> dict[str, Any]:
     "An array as JSON."
     raw = base64.b85encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 6)).decode("ascii")
@@ -64,10 +64,10 @@ def unpack_array(packed: Mapping[str, Any]) -> np.ndarray:
     raw = zlib.decompress(base64.b85decode(packed["data"]))
     return np.frombuffer(raw, packed["dtype"]).reshape(packed["shape"]).copy()
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #bf01cc58
+# %% ../../nbs/monitoring/03d_edetector.ipynb #e6f6edb6
 BLOCK = 64  # rows that are looked at together
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #ce6b904f
+# %% ../../nbs/monitoring/03d_edetector.ipynb #b5bddee7
 class EDetector:
     "Watches rows of numbers [rows, columns], where nan is a missing value."
 

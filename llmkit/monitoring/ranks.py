@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['CELLS', 'MISSING', 'pick_edges', 'Edges', 'make_edges', 'pairs_before', 'earlier', 'Ranks']
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #41a6c9e9
+# %% ../../nbs/monitoring/03b_ranks.ipynb #26e726f7
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #b38ae5e9
+# %% ../../nbs/monitoring/03b_ranks.ipynb #856e3b37
 CELLS = 255  # a column, at most, so that a byte holds the number of one
 MISSING = 255  # stands for the cell of a missing value
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #b37ac721
+# %% ../../nbs/monitoring/03b_ranks.ipynb #64aa2958
 def pick_edges(
     n: int,  # reference values
     most: int = CELLS - 1,
@@ -28,7 +28,7 @@ def pick_edges(
     steps = np.unique(np.geomspace(1, half, most // 2).astype(int)) - 1
     return np.unique(np.r_[steps, n - 1 - steps])
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #a80c8534
+# %% ../../nbs/monitoring/03b_ranks.ipynb #16340618
 @dataclass(slots=True)
 class Edges:
     "The edges of one column's cells."
@@ -45,7 +45,7 @@ class Edges:
             found[tied] = self.keys.searchsorted(found[tied] + second[tied])
         return found
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #9a292561
+# %% ../../nbs/monitoring/03b_ranks.ipynb #f0a0860f
 def make_edges(reference: Sequence[float] | np.ndarray, rng: np.random.Generator, most: int = CELLS - 1) -> Edges:
     "The edges of a column with these reference values."
     known = np.sort(np.asarray(reference, float))
@@ -54,11 +54,11 @@ def make_edges(reference: Sequence[float] | np.ndarray, rng: np.random.Generator
     at = pick_edges(len(known), most)
     values = known[at]
     weights = np.diff(np.r_[-1, at, len(known)]).astype(np.int64)
-    if len(np.unique(values)) == len(values) == len(known):
+    if (first == np.arange(len(known))).all():
         return Edges(values, None, weights)
     return Edges(values, np.searchsorted(values, values) + keys[at] - first[at], weights)
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #c98404c8
+# %% ../../nbs/monitoring/03b_ranks.ipynb #56169027
 @cache
 def pairs_before(rows: int, room: int) -> np.ndarray:
     "Whether the first of two rows is before the second, and among the first `room`: bool [rows, rows]."
@@ -66,14 +66,14 @@ def pairs_before(rows: int, room: int) -> np.ndarray:
     found[room:] = False
     return found
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #0ca6bb4c
+# %% ../../nbs/monitoring/03b_ranks.ipynb #df3bba2e
 def earlier(cells: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
     "Of each entry of `cells` [columns, rows]: how many of the first `room` earlier rows are below, how many equal."
     before = pairs_before(cells.shape[1], min(max(room, 0), cells.shape[1]))
     one, other = cells[:, :, None], cells[:, None, :]
     return tuple(np.logical_and(x, before, out=x).sum(1, dtype=np.int8) for x in (one < other, one == other))
 
-# %% ../../nbs/monitoring/03b_ranks.ipynb #2c2e1f0d
+# %% ../../nbs/monitoring/03b_ranks.ipynb #474a68ac
 class Ranks:
     "The growing references of some columns."
 
