@@ -6,7 +6,7 @@
 __all__ = ['ENDPOINT', 'KINDS', 'SAVE_S', 'Fresh', 'Detector', 'new_detector', 'Watched', 'plain', 'load_state', 'save_state',
            'LiveDrift']
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #38f91f57
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #5b457092
 import json
 import logging
 import math
@@ -25,7 +25,7 @@ from .gpu import Reading
 from .logfile import RequestRow
 from .plane import Sink
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #0a5ad76f
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #51d3b8ea
 ENDPOINT = "/v1/completions"  # of a profile that names none
 
 
@@ -47,13 +47,25 @@ class Fresh:
             self.seen.popitem(last=False)
         return True
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #ee04c636
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #d48ac7d2
 class Detector(Protocol):
     "What finds drift."
 
-    evidence: float  # log10
-    alarms: int
-    score_low: float
+    @property
+    def rows(self) -> int:
+        "Rows so far."
+
+    @property
+    def evidence(self) -> float:
+        "Log10 of the evidence now."
+
+    @property
+    def alarms(self) -> int:
+        "Alarms so far."
+
+    @property
+    def score_low(self) -> float:
+        "At least this share of the traffic has moved."
 
     def update_many(self, rows: Sequence[Any]) -> Any:
         "Take rows."
@@ -64,17 +76,17 @@ class Detector(Protocol):
     def state_dict(self) -> dict[str, Any]:
         "What a restart must not lose."
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        "Go on from there."
+    def load_state(self, state: Mapping[str, Any]) -> Any:
+        "Go on from there; `DataError` if that is not possible."
 
 
-def new_detector(block: Mapping[str, Any], run_length: float) -> Detector:
-    "The detector for a block of a profile."
+def new_detector(block: Mapping[str, Any], run_length: float, model: str) -> Detector:
+    "The detector for a block of a profile; `DataError` for the profile of another model."
     from llmkit.monitoring.drift import DriftDetector
 
-    return DriftDetector(block, run_length)  # type: ignore[return-value]
+    return DriftDetector(block, run_length, model=model)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #711425e7
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #0a029d4d
 KINDS = ("prompts", "predictions")
 
 
@@ -84,7 +96,7 @@ class Watched:
     def __init__(self, folder: str | Path, run_length: float, make: Callable[..., Detector] = new_detector) -> None:
         card = ModelCard.load(folder)
         self.folder, self.weights, profile = str(folder), card.revision, card.profile or {}
-        self.detectors = {k: make(profile[k], run_length) for k in KINDS if profile.get(k)}
+        self.detectors = {k: make(profile[k], run_length, card.revision) for k in KINDS if profile.get(k)}
         self.fresh = Fresh(next((b["endpoint"] for b in profile.values() if _has_endpoint(b)), ENDPOINT))
 
     def take(self, rows: Sequence[RequestRow]) -> None:
@@ -98,19 +110,23 @@ class Watched:
         return {"weights": self.weights, "kinds": {k: d.state_dict() for k, d in self.detectors.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> bool:
-        "Go on from a state; False if it is that of other weights."
+        "Go on from a state; False if it is that of other weights, or of another version of this package."
         if state.get("weights") != self.weights:
             return False
-        for kind, detector in self.detectors.items():
-            if kind in state.get("kinds", {}):
-                detector.load_state(state["kinds"][kind])
+        try:
+            for kind, detector in self.detectors.items():
+                if kind in state["kinds"]:
+                    detector.load_state(state["kinds"][kind])
+        except (LLMKitError, KeyError, ValueError, TypeError) as e:
+            logging.getLogger(__name__).warning("drift begins anew: %s", e)
+            return False
         return True
 
 
 def _has_endpoint(block: Any) -> bool:
     return isinstance(block, Mapping) and bool(block.get("endpoint"))
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #1df0f307
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #a80cfa76
 def plain(value: Any) -> Any:
     "`value` as JSON can have it: dataclasses as dictionaries, arrays as lists, numbers that are none as null."
     if is_dataclass(value) and not isinstance(value, type):
@@ -124,7 +140,7 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #83318782
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #e979ab3a
 def load_state(file: Path | None) -> dict[str, Any]:
     "The states in a file, empty if there are none or they cannot be read."
     if file is None or not file.is_file():
@@ -146,7 +162,7 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
     except OSError as e:
         logging.getLogger(__name__).warning("the state of drift is not kept: %s", e)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #af3cc9cd
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #f071ba20
 SAVE_S = 30.0
 
 
@@ -157,8 +173,10 @@ class LiveDrift(Sink):
         self,
         run_length: float = 1e5,  # rows between two false alarms, at least, on average
         file: str | Path = "",  # where the state is kept; empty: nowhere
+        examples: bool = True,  # whether reports may show texts: those that the log keeps
         make: Callable[..., Detector] = new_detector,
     ) -> None:
+        self.examples = examples
         self.run_length, self.file, self.make = run_length, Path(file) if file else None, make
         self.watched: dict[str, Watched] = {}
         self.unwatched: dict[str, str] = {}  # revision -> why
@@ -220,8 +238,17 @@ class LiveDrift(Sink):
             return None
         wanted = question.get("revision")
         found = {n: w for n, w in self.watched.items() if wanted in (None, n)}
-        reports = {n: {k: plain(d.report()) for k, d in w.detectors.items()} for n, w in found.items()}
+        reports = {n: {k: self.report(d) for k, d in w.detectors.items()} for n, w in found.items()}
         return {"drift": reports, "unwatched": self.unwatched}
+
+    def report(self, detector: Detector) -> dict[str, Any]:
+        "What a detector says, for people and programs: its path thinned, without texts where none are kept."
+        if not detector.rows:
+            return {"verdict": "no row that can be compared has come yet", "rows": 0}
+        found = plain(detector.report())
+        path = found.get("path") or []
+        found["path"] = path[:: max(1, len(path) // 500)]
+        return found if self.examples else found | {"examples": {}}
 
     def close(self) -> None:
         "Save the state."

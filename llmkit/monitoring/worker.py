@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WorkerSpec', 'LogSink', 'TraceSink', 'SystemSink', 'state_file', 'make_sinks', 'main']
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #395da5ce
+# %% ../../nbs/monitoring/02f_worker.ipynb #93ff30d1
 import json
 import os
 import sys
@@ -28,7 +28,7 @@ from .retention import Keep
 from .spending import Spending
 from .traces import telemetry_from
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #66f26276
+# %% ../../nbs/monitoring/02f_worker.ipynb #5dc1cdb1
 @dataclass(kw_only=True)
 class WorkerSpec(Config):
     "What a worker is to do."
@@ -44,7 +44,7 @@ class WorkerSpec(Config):
     price_tokens: Annotated[float, Ge(0)] = 0.0
     traces: bool = False  # spans to the collectors that the environment names
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #c1872cfb
+# %% ../../nbs/monitoring/02f_worker.ipynb #d59646ee
 class LogSink(Sink):
     "Writes rows and labels to the request log."
 
@@ -84,7 +84,7 @@ class LogSink(Sink):
         "Let go of the file."
         self.writer.close()
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #37c36c3d
+# %% ../../nbs/monitoring/02f_worker.ipynb #be7b256a
 class TraceSink(Sink):
     "Makes spans and measurements, if the environment names a collector."
 
@@ -102,7 +102,7 @@ class TraceSink(Sink):
         if self.telemetry:
             self.telemetry.close()
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #0f7d484a
+# %% ../../nbs/monitoring/02f_worker.ipynb #e376d987
 class SystemSink(Sink):
     "Readings of the machine; it wants no rows."
 
@@ -119,7 +119,7 @@ class SystemSink(Sink):
         "Let the GPU's library go."
         self.sampler.close()
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #0f89ba88
+# %% ../../nbs/monitoring/02f_worker.ipynb #c881870c
 def state_file(log: str | Path) -> Path:
     "Where the state of drift is kept, beside the log."
     return Path(log).with_name(Path(log).name + ".drift.json")
@@ -138,15 +138,16 @@ def make_sinks(spec: WorkerSpec, environ: Mapping[str, str]) -> list[Sink]:
         feedback.remember(log.labelled() if log else [])
         where = Path(spec.log).absolute().parent if spec.log else Path(".")
         sinks += [feedback, Spending(spec.price_hour, spec.price_tokens)]
-        sinks += [LiveDrift(spec.run_length, state_file(spec.log) if spec.log else ""), SystemSink(where)]
+        state = state_file(spec.log) if spec.log else ""
+        sinks += [LiveDrift(spec.run_length, state, examples=spec.text), SystemSink(where)]
     return sinks
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #6c5a5ca1
+# %% ../../nbs/monitoring/02f_worker.ipynb #d67f07cd
 def main() -> None:
     "Serve the spec in the first argument on the two descriptors that follow."
     spec = WorkerSpec.from_dict(json.loads(sys.argv[1]))
     serve_work(Work(make_sinks(spec, os.environ)), int(sys.argv[2]), int(sys.argv[3]))
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #cb2946cd
+# %% ../../nbs/monitoring/02f_worker.ipynb #b1e40574
 if __name__ == "__main__" and "get_ipython" not in globals():  # `python -m llmkit.monitoring.worker`, not this notebook
     main()
