@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
 import shutil
+import socket
 import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from email import message_from_bytes, policy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import BinaryIO, ClassVar
 
 import pytest
 import yaml
 
+from llmkit.monitoring.alertloop import AlertLoop, Own, report, start, stop
 from llmkit.monitoring.alerts import AlertRule, default_rules, read_rules
-from llmkit.monitoring.evaluator import Evaluator
+from llmkit.monitoring.declarations import declarations
+from llmkit.monitoring.evaluator import Evaluator, alert_labels
 from llmkit.monitoring.promql import Divide, Expr, Increase, Moment, OrZero, Over, Quantile, Rate, Series, Vector
+from llmkit.monitoring.routes import Routes, alertmanager
 from llmkit.monitoring.rulefiles import as_yaml, prometheus_rules, prometheus_tests
-from llmkit.monitoring.series import Labels, Matcher, Store, labels_of
+from llmkit.monitoring.series import Labels, Matcher, Store, Target, labels_of
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_S = 15
@@ -234,3 +247,202 @@ def promtool(folder: Path, rules: list[AlertRule], tests: dict) -> str:
         if done.returncode:
             return done.stdout + done.stderr
     return ""
+
+
+# Alertmanager, Azure, the files that ship
+
+
+@needs("amtool")
+def test_alertmanager_takes_the_routes_and_sends_each_severity_where_it_belongs(tmp_path: Path) -> None:
+    file = ROOT / "azure" / "monitoring" / "alertmanager.yml"
+    done = subprocess.run(["amtool", "check-config", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rule in default_rules():
+        words = ["amtool", "config", "routes", "test", f"--config.file={file}"]
+        labels = [f"{k}={v}" for k, v in alert_labels(rule).items()]
+        told = subprocess.run([*words, *labels], capture_output=True, text=True).stdout.strip()
+        assert told == rule.severity
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(file.read_text().replace("receiver: nobody", "receiver: somebody"))
+    assert subprocess.run(["amtool", "check-config", wrong], capture_output=True).returncode
+
+
+def test_what_ships_is_what_the_rules_give() -> None:
+    """`azure/monitoring` is generated: `write_monitoring("azure/monitoring")`."""
+    folder = ROOT / "azure" / "monitoring"
+    made = declarations()
+    found = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in folder.rglob("*") if p.is_file()}
+    assert found.keys() == made.keys()
+    assert [name for name, text in made.items() if found[name] != text] == []
+
+
+@needs("promtool")
+def test_prometheus_takes_the_files_that_ship() -> None:
+    folder = ROOT / "azure" / "monitoring"
+    for words in (
+        ("check", "config", "prometheus.yml"),
+        ("check", "rules", "rules.yml"),
+        ("test", "rules", "tests.yml"),
+    ):
+        done = subprocess.run(["promtool", *words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_template_for_azure_uses_what_it_declares() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    from bicep import problems
+
+    assert problems(ROOT / "azure" / "monitoring") == []
+
+
+# Receivers that hang, fail and come back
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """A webhook with moods: it takes what it gets, answers 500, or says nothing."""
+
+    mood = "well"
+    told: ClassVar[list[dict]] = []
+    tries = 0
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        type(self).tries += 1
+        if self.mood == "hangs":
+            self.server.wait.wait(30)  # type: ignore[attr-defined]
+            return
+        if self.mood == "well":
+            self.told.append(body)
+        self.send_response(200 if self.mood == "well" else 500)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hook() -> Iterator[str]:
+    Receiver.mood, Receiver.tries = "well", 0
+    Receiver.told.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    server.wait = threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/hook"
+    server.wait.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_hour_of_500_loses_nothing_and_tries_a_bounded_number_of_times(hook: str, tmp_path: Path) -> None:
+    """A clock of our own: alerts come and go for an hour, a restart in the middle, and all is told afterwards."""
+    Receiver.mood = "fails"
+    routes = Routes.from_dict({"webhooks": {"chat": {"url": hook}}, "habits": {"critical": QUICK}})
+    page = {"celsius": "50"}
+    target = Own(lambda: f'llmkit:gpu_temperature_celsius{{gpu="0"}} {page["celsius"]}\n'.encode())
+    rules = [AlertRule(name="hot", threshold="gpu_temperature > 85C", severity="critical", for_="0s")]
+    loop, expected = AlertLoop(rules, [target], routes, tmp_path), 0
+    for now in range(0, 3600, 15):
+        page["celsius"] = "90" if now % 600 < 300 else "50"
+        expected += len(loop.tick(now))
+        while loop.couriers[0].carry(now):
+            pass
+        if now == 1800:
+            stop(loop)
+            loop = AlertLoop(rules, [target], routes, tmp_path)
+    assert expected == 12 and Receiver.told == []
+    assert 12 <= Receiver.tries < 40  # one group: its oldest message is tried, the others wait behind it
+    Receiver.mood = "well"
+    for now in range(3600, 4600, 15):
+        page["celsius"] = "50"
+        loop.tick(now)
+        while loop.couriers[0].carry(now):
+            pass
+    assert [b["status"] for b in Receiver.told] == ["firing", "resolved"] * 6  # all of it, and in order
+    assert loop.outbox.counts() == {"waiting": 0, "dead": 0, "dropped": 0}
+    stop(loop)
+
+
+QUICK = {"receivers": ["chat"], "wait": "0s", "interval": "0s"}
+
+
+def test_a_webhook_that_hangs_keeps_neither_the_rules_nor_the_mail_waiting(hook: str, tmp_path: Path) -> None:
+    Receiver.mood = "hangs"
+    with MailServer() as mail:
+        to = {"to": ["ops@example.com"], "sender": "llmkit@example.com", "host": "127.0.0.1", "port": mail.port}
+        to |= {"tls": False}
+        data = {"webhooks": {"chat": {"url": hook, "timeout_s": 20}}, "mails": {"ops": to}}
+        routes = Routes.from_dict(data | {"habits": {"critical": QUICK | {"receivers": ["chat", "ops"]}}})
+        rules = [AlertRule(name="down", threshold="servers_up < 1", severity="critical", for_="0s")]
+        loop = AlertLoop(rules, [Target("http://127.0.0.1:1/metrics")], routes, tmp_path, every_s=0.02)
+        start(loop)
+        until(lambda: mail.mails and Receiver.tries)
+        seen = loop.ticks
+        until(lambda: loop.ticks > seen + 5)  # judged on, while the webhook holds its courier
+        assert loop.outbox.counts()["waiting"] == 1
+        stop(loop, seconds=0.1)
+    head = message_from_bytes(mail.mails[0], policy=policy.default)
+    text = head.get_content()
+    assert head["Subject"] == "[FIRING:1] down (critical)" and head["To"] == "ops@example.com"
+    assert "servers_up < 1, now 0" in text
+    again = AlertLoop(rules, [Target("http://127.0.0.1:1/metrics")], routes, tmp_path)  # a restart
+    Receiver.mood = "well"
+    while again.couriers[0].carry(time.time() + 60):
+        pass
+    assert [b["status"] for b in Receiver.told] == ["firing"]  # what the webhook never took
+    again.tick(time.time())
+    assert again.outbox.counts()["waiting"] == 0  # and nothing is told twice
+    stop(again)
+
+
+def test_no_secret_is_printed(hook: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "token").write_text("hunter2")
+    Receiver.mood = "fails"
+    routes = Routes.from_dict({"webhooks": {"chat": {"url": hook, "token": f"file:{tmp_path}/token"}}})
+    loop = AlertLoop(default_rules(), [], routes, tmp_path)
+    loop.outbox.put([("chat", "g", {})], {}, 0)
+    assert loop.couriers[0].carry(1)
+    shown = json.dumps([report(loop), routes.to_dict(), alertmanager(routes)], default=str) + repr(routes) + caplog.text
+    assert "answered 500" in shown and "hunter2" not in shown
+    assert b"hunter2" not in (tmp_path / "alerts.db").read_bytes()
+    stop(loop)
+
+
+class MailServer:
+    """A mail server of a few lines, real enough for smtplib."""
+
+    def __enter__(self) -> MailServer:
+        self.mails: list[bytes] = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                line, _ = self.socket.accept()
+                with line, line.makefile("rwb") as talk, suppress(OSError):
+                    self.talk(talk)
+
+    def talk(self, talk: BinaryIO) -> None:
+        def say(text: str) -> None:
+            talk.write(text.encode() + b"\r\n")
+            talk.flush()
+
+        say("220 here")
+        while word := talk.readline().strip().upper():
+            if word == b"DATA":
+                say("354 go on")
+                lines = list(iter(talk.readline, b".\r\n"))
+                self.mails.append(b"".join(lines))
+            say("250 fine" if word != b"QUIT" else "221 bye")
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
