@@ -69,8 +69,8 @@ def read_all(
     return [None if i in late else r.page for i, r in reading.items()]
 
 # %% ../../nbs/monitoring/07k_alertloop.ipynb #86ef8fc1
-class AlertLoop:
-    "Watches targets by rules and tells channels; `tick` by hand, or `start` and `stop`."
+class _Parts:
+    "What the circle is made of."
 
     def __init__(
         self,
@@ -90,7 +90,11 @@ class AlertLoop:
         self.couriers = [Courier(name, channel, self.outbox) for name, channel in channels.items()]
         self.error, self.ticks, self.last = "", 0, 0.0
         self._late: dict[int, Reading] = {}
-        self._end, self._thread = threading.Event(), threading.Thread(target=self._run, name="alerts", daemon=True)
+        self._end, self._threads = threading.Event(), list[threading.Thread](self.couriers)
+
+# %% ../../nbs/monitoring/07k_alertloop.ipynb #cac607e3
+class AlertLoop(_Parts):
+    "Watches targets by rules and tells channels; `tick` by hand, or `start` and `stop`."
 
     def tick(self, now: float) -> list[AlertState]:
         "One round at `now`; the alerts that have begun to fire or have been resolved."
@@ -109,14 +113,16 @@ class AlertLoop:
             courier.wake()
         return changes
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        "Every `every_s`, until `stop`."
         while not self._end.wait(self.every_s):
             self.tick(time.time())
 
 # %% ../../nbs/monitoring/07k_alertloop.ipynb #c482169a
 def start(loop: AlertLoop) -> AlertLoop:
     "Let it run in threads of its own."
-    for thread in [*loop.couriers, loop._thread]:
+    loop._threads.append(threading.Thread(target=loop.run, name="alerts", daemon=True))
+    for thread in loop._threads:
         thread.start()
     return loop
 
@@ -126,7 +132,7 @@ def stop(loop: AlertLoop, seconds: float = 5.0) -> None:
     loop._end.set()
     for courier in loop.couriers:
         courier.stop()
-    for thread in [*loop.couriers, loop._thread]:
+    for thread in loop._threads:
         if thread.is_alive():
             thread.join(seconds)
     loop.outbox.close()

@@ -158,8 +158,8 @@ def send_mail(mail: Mail, body: Mapping[str, Any]) -> None:
             smtp.close()
 
 # %% ../../nbs/monitoring/07i_channels.ipynb #4d9d9ca9
-class Courier(threading.Thread):
-    "Takes the messages of one channel out of the outbox, one by one."
+class _Carrier(threading.Thread):
+    "One channel, and the messages for it."
 
     def __init__(self, name: str, channel: Webhook | Mail, outbox: Outbox, idle_s: float = 1.0) -> None:
         super().__init__(name=f"alerts to {name}", daemon=True)
@@ -184,6 +184,10 @@ class Courier(threading.Thread):
             state = self.outbox.failed(message, self.last_error, now, isinstance(e, Refused))
             logging.getLogger(__name__).warning("alert to %s, %s: %s", self.to, state, self.last_error)
         return True
+
+# %% ../../nbs/monitoring/07i_channels.ipynb #1066f015
+class Courier(_Carrier):
+    "Takes the messages of one channel out of the outbox, one by one, in a thread of its own."
 
     def wake(self) -> None:
         "There may be something new."

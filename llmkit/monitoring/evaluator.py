@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -81,9 +81,9 @@ def fingerprint(labels: Mapping[str, str]) -> str:
     "Sixteen hexadecimal digits that only these labels have."
     return hashlib.sha256(json.dumps(sorted(labels.items())).encode()).hexdigest()[:16]
 
-# %% ../../nbs/monitoring/07d_evaluator.ipynb #d38ded09
-class Evaluator:
-    "Rules over a store of samples; `evaluate` every few seconds."
+# %% ../../nbs/monitoring/07d_evaluator.ipynb #03a18ae0
+class _Alerts:
+    "The alerts of some rules, and which of them are from before a restart."
 
     def __init__(
         self,
@@ -91,18 +91,26 @@ class Evaluator:
         store: Store,
         keep: int = 200,  # recent firings to remember
     ) -> None:
-        names = [r.name for r in rules]
+        names, longest = [r.name for r in rules], max((r.window_s for r in rules), default=0.0)
         if doubled := {n for n in names if names.count(n) > 1}:
-            raise ConfigError(f"two rules are named {sorted(doubled)[0]!r}", "give each rule its own name")
-        if (longest := max((r.window_s for r in rules), default=0)) * 1000 > store.keep_ms:
-            raise ConfigError(
-                f"a rule looks back {longest:g} s, the store keeps less", "make the store with a longer keep_s"
-            )
+            raise ConfigError(f"two rules are named {min(doubled)!r}", "give each rule its own name")
+        if longest * 1000 > store.keep_ms:
+            raise ConfigError(f"a rule looks back {longest:g} s, the store keeps less", "give it a longer keep_s")
         self.rules, self.store = list(rules), store
         self.active: dict[str, AlertState] = {}  # by fingerprint
         self.recent: deque[AlertState] = deque(maxlen=keep)  # that fired, the last one last
         self.restored: set[str] = set()  # from before a restart, not seen since
         self.began: float | None = None
+
+    @property
+    def states(self) -> list[AlertState]:
+        "All that is pending or firing, the worst first."
+        order = {"critical": 0, "warning": 1, "info": 2}
+        return sorted(self.active.values(), key=lambda a: (a.state != "firing", order[a.labels["severity"]], a.since))
+
+# %% ../../nbs/monitoring/07d_evaluator.ipynb #098526f5
+class Evaluator(_Alerts):
+    "Rules over a store of samples; `evaluate` every few seconds."
 
     def evaluate(self, now: float) -> list[AlertState]:
         "Judge every rule at `now`; the alerts that have begun to fire or have been resolved."
@@ -111,39 +119,27 @@ class Evaluator:
 
     def _rule(self, rule: AlertRule, now: float) -> Iterator[AlertState]:
         found = rule.condition.condition.vector(Moment(self.store, round(now * 1000), round(rule.window_s * 1000)))
-        held = set()
-        for at, value in found.items():
-            labels = alert_labels(rule, at)
-            key = fingerprint(labels)
-            held.add(key)
+        held = {fingerprint(labels): (labels, v) for at, v in found.items() for labels in [alert_labels(rule, at)]}
+        for key, (labels, value) in held.items():
             alert = self.active.get(key) or AlertState(rule.name, labels, {}, value, "pending", now)
             self.active[key], alert.value, alert.annotations = alert, value, alert_texts(rule, value)
             if alert.state == "pending" and round(now - alert.since, 3) >= rule.for_s:
                 alert.state, alert.fired = "firing", now
                 self.recent.append(alert)
                 yield alert
-        self.restored -= held
-        yield from self._over(rule, held, now)
+        self.restored -= held.keys()
+        yield from self._over(rule, held.keys(), now)
 
-    def _over(self, rule: AlertRule, held: set[str], now: float) -> Iterator[AlertState]:
+    def _over(self, rule: AlertRule, held: Collection[str], now: float) -> Iterator[AlertState]:
+        filled = self.began is not None and now >= self.began + max(rule.window_s, 60.0)
         for key, alert in list(self.active.items()):
-            if alert.name != rule.name or key in held or self._too_early(rule, key, now):
+            if alert.name != rule.name or key in held or (key in self.restored and not filled):
                 continue
             del self.active[key]
             self.restored.discard(key)
             if alert.state == "firing":
                 alert.state, alert.resolved = "resolved", now
                 yield alert
-
-    def _too_early(self, rule: AlertRule, key: str, now: float) -> bool:
-        began = now if self.began is None else self.began
-        return key in self.restored and now < began + max(rule.window_s, 60.0)
-
-    @property
-    def states(self) -> list[AlertState]:
-        "All that is pending or firing, the worst first."
-        order = {"critical": 0, "warning": 1, "info": 2}
-        return sorted(self.active.values(), key=lambda a: (a.state != "firing", order[a.labels["severity"]], a.since))
 
 # %% ../../nbs/monitoring/07d_evaluator.ipynb #3af18e0b
 def saved(evaluator: Evaluator) -> dict[str, Any]:

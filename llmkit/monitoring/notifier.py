@@ -62,12 +62,28 @@ def speak(
     return told, Group(group.labels, group.first, left, now) if left else None
 
 # %% ../../nbs/monitoring/07j_notifier.ipynb #23134ddf
-class Notifier:
-    "Turns firing alerts into messages in an outbox."
+class _Groups:
+    "The groups, and how they are remembered."
 
     def __init__(self, routes: Routes, outbox: Outbox) -> None:
         self.routes, self.outbox = routes, outbox
         self.groups = {k: Group(**g) for k, g in (outbox.note("groups") or {}).items()}
+
+    def _group(self, alert: AlertState, now: float) -> str:
+        labels = {k: alert.labels[k] for k in self.routes.group_by if k in alert.labels}
+        key = "/".join([alert.labels["severity"], *(f"{k}={v}" for k, v in labels.items())])
+        self.groups.setdefault(key, Group(labels, now))
+        return key
+
+    def _write(self, messages: Told, said: dict[str, Group | None], now: float) -> None:
+        after = {k: g for k, g in (self.groups | said).items() if g is not None}
+        notes = {k: vars(g) for k, g in after.items() if g.last is not None}
+        self.outbox.put(messages, {"groups": notes}, now)
+        self.groups = after
+
+# %% ../../nbs/monitoring/07j_notifier.ipynb #3f33e07a
+class Notifier(_Groups):
+    "Turns firing alerts into messages in an outbox."
 
     def take(
         self,
@@ -91,15 +107,3 @@ class Notifier:
         if said:
             self._write(messages, said, now)
         return len(messages)
-
-    def _group(self, alert: AlertState, now: float) -> str:
-        labels = {k: alert.labels[k] for k in self.routes.group_by if k in alert.labels}
-        key = "/".join([alert.labels["severity"], *(f"{k}={v}" for k, v in labels.items())])
-        self.groups.setdefault(key, Group(labels, now))
-        return key
-
-    def _write(self, messages: Told, said: dict[str, Group | None], now: float) -> None:
-        after = {k: g for k, g in (self.groups | said).items() if g is not None}
-        notes = {k: vars(g) for k, g in after.items() if g.last is not None}
-        self.outbox.put(messages, {"groups": notes}, now)
-        self.groups = after
