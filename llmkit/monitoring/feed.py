@@ -6,7 +6,7 @@
 __all__ = ['TELL_S', 'DONE_S', 'Feed', 'Back', 'Outbox', 'work_on', 'serve_work', 'Worker', 'FeedPlane', 'SelfRepairing',
            'ProcessPlane', 'worker_command']
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #a5e76c22
+# %% ../../nbs/monitoring/01e_feed.ipynb #5c1f547f
 import asyncio
 import contextlib
 import fcntl
@@ -31,7 +31,7 @@ from .gpu import Reading
 from .logfile import Label, RequestRow
 from .plane import SLICE, Item, Plane, Ring, Work
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #dc7eaa4a
+# %% ../../nbs/monitoring/01e_feed.ipynb #4d7290ee
 @dataclass(slots=True)
 class Feed:
     "What the worker gets."
@@ -41,7 +41,7 @@ class Feed:
     question: dict[str, Any] = field(default_factory=dict)
     number: int = 0  # of the question; 0: no answer is wanted
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #8a805bf2
+# %% ../../nbs/monitoring/01e_feed.ipynb #fd3fe829
 @dataclass(slots=True)
 class Back:
     "What the worker tells."
@@ -51,7 +51,7 @@ class Back:
     number: int = 0
     answer: dict[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #b823559e
+# %% ../../nbs/monitoring/01e_feed.ipynb #d6d7cb02
 class Outbox:
     "Whole messages into a file descriptor that never blocks."
 
@@ -80,35 +80,33 @@ class Outbox:
             self._held.clear()
         return True
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #1b3bc376
+# %% ../../nbs/monitoring/01e_feed.ipynb #1649e3e3
 TELL_S, DONE_S = 0.5, 0.05  # seconds between readings, and between reports of what is done
 
 
 def work_on(work: Work, inbox: Messages, out: Outbox) -> None:
     "Feed `work` from `inbox` until it is closed."
     told = acked = -TELL_S
+    said = 0
     while not inbox.closed:
-        feeds = list(inbox.read()) if inbox.waiting(TELL_S) else []
+        feeds = list(inbox.read()) if inbox.waiting(TELL_S if said == work.done else DONE_S) else []
         items: list[Item] = [i for f in feeds for i in (*f.rows, *f.labels)]
         for start in range(0, len(items), 500):
             work.take(items[start : start + 500])
         for f in feeds:
             if f.question or f.number:
-                said = work.answer(f.question)
+                answer = work.answer(f.question)
                 if f.number:
-                    out.add(Back(work.done, number=f.number, answer=said))
+                    out.add(Back(work.done, number=f.number, answer=answer))
         now = time.monotonic()
-        if not len(out) and now - told >= TELL_S:
-            told = acked = now
-            out.add(Back(work.done, work.read()))
-        elif not len(out) and items and now - acked >= DONE_S:
-            acked = now
-            out.add(Back(work.done))
-        out.push()
+        if out.push() and (now - told >= TELL_S or (said != work.done and now - acked >= DONE_S)):
+            readings = work.read() if now - told >= TELL_S else None
+            told, acked, said = now if readings is not None else told, now, work.done
+            out.add(Back(said, readings))
     work.close()
     out.add(Back(work.done, work.read()))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #0df267ee
+# %% ../../nbs/monitoring/01e_feed.ipynb #905c4638
 def serve_work(work: Work, fd_in: int, fd_out: int) -> None:
     "The body of a worker process."
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -118,7 +116,7 @@ def serve_work(work: Work, fd_in: int, fd_out: int) -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     work_on(work, Messages(fd_in, Feed), Outbox(fd_out))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #f48bd49f
+# %% ../../nbs/monitoring/01e_feed.ipynb #c95aad92
 class Worker:
     "A running worker process: what was sent, what is done."
 
@@ -159,7 +157,7 @@ class Worker:
                 os.close(fd)
         return self.sent - self.done
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #e5184e83
+# %% ../../nbs/monitoring/01e_feed.ipynb #b94448ec
 class FeedPlane(Plane):
     "Moves items from the ring into the worker's pipe, in slices, on the event loop."
 
@@ -199,7 +197,7 @@ class FeedPlane(Plane):
             return time.monotonic() - self._worker.waiting[0][1]
         return super().behind()
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #8f2fb391
+# %% ../../nbs/monitoring/01e_feed.ipynb #d8a1a98a
 class SelfRepairing(FeedPlane):
     "Starts the worker, hears it, and replaces it when it dies."
 
@@ -252,7 +250,7 @@ class SelfRepairing(FeedPlane):
         self._answers.clear()
         self._loop.call_later(self._wait, self._begin)
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #24aac672
+# %% ../../nbs/monitoring/01e_feed.ipynb #ced019e9
 class ProcessPlane(SelfRepairing):
     "The sinks in a process of their own: what a server uses."
 
@@ -306,7 +304,7 @@ class ProcessPlane(SelfRepairing):
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(max(0.0, until - time.monotonic()))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #aa2bcc0c
+# %% ../../nbs/monitoring/01e_feed.ipynb #b416d39d
 def worker_command(spec: Mapping[str, Any], module: str = "llmkit.monitoring.worker") -> list[str]:
     "How a worker process is started: `module` gets the JSON of `spec` and two file descriptors."
     return [sys.executable, "-m", module, json.dumps(dict(spec))]
