@@ -185,13 +185,13 @@ class AdapterRequest(Struct, forbid_unknown_fields=True):
 
     folder: Annotated[str, Meta(min_length=1)]
 
-# %% ../../nbs/serving/01_protocol.ipynb #8e1bd429
+
 class StateRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}/state`."
 
     state: Literal["warm", "cold"]
 
-# %% ../../nbs/serving/01_protocol.ipynb #22c53684
+
 class RevisionRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}`."
 
