@@ -6,7 +6,7 @@
 __all__ = ['ENDPOINT', 'KINDS', 'SAVE_S', 'Fresh', 'Detector', 'new_detector', 'Watched', 'plain', 'load_state', 'save_state',
            'Watchlist', 'Looking', 'LiveDrift']
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #105432be
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #c8f5f309
 import json
 import logging
 import math
@@ -26,7 +26,7 @@ from .gpu import Reading
 from .logfile import RequestRow
 from .plane import Sink
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #19435eec
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #45c51266
 ENDPOINT = "/v1/completions"  # of a profile that names none
 
 
@@ -48,7 +48,7 @@ class Fresh:
             self.seen.popitem(last=False)
         return True
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #51a26493
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #3a1fe1ef
 class Detector(Protocol):
     "What finds drift."
 
@@ -87,7 +87,7 @@ def new_detector(block: Mapping[str, Any], run_length: float, model: str) -> Det
 
     return DriftDetector(block, run_length, model=model)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #39e8b2a2
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #e2f2b1a6
 KINDS = ("prompts", "predictions")
 
 
@@ -127,7 +127,7 @@ class Watched:
 def _has_endpoint(block: Any) -> bool:
     return isinstance(block, Mapping) and bool(block.get("endpoint"))
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #2ee0e6d9
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #d0014f7b
 def plain(value: Any) -> Any:
     "`value` as JSON can have it: dataclasses as dictionaries, arrays as lists, numbers that are none as null."
     if is_dataclass(value) and not isinstance(value, type):
@@ -141,7 +141,7 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #93232174
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #0d10e16b
 def load_state(file: Path | None) -> dict[str, Any]:
     "The states in a file, empty if there are none or they cannot be read."
     if file is None or not file.is_file():
@@ -163,7 +163,7 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
     except OSError as e:
         logging.getLogger(__name__).warning("the state of drift is not kept: %s", e)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #577ed91e
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #c50ade72
 class Watchlist(Sink):
     "The served revisions that carry a profile, and why others are not watched."
 
@@ -191,7 +191,8 @@ class Watchlist(Sink):
             if not made.detectors:
                 self.unwatched[revision] = "its model carries no profile"
                 return
-            made.restore(self.saved.get(revision, {}))
+            if not made.restore(self.saved.get(revision, {})):
+                made = Watched(folder, self.run_length, self.make)  # without half of a state
             self.watched[revision] = made
             self.unwatched.pop(revision, None)
         except (LLMKitError, KeyError, ValueError, TypeError) as e:
@@ -203,7 +204,7 @@ class Watchlist(Sink):
         self.watched.pop(revision, None)
         self.unwatched.pop(revision, None)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #fe5fa8c4
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #f9749da4
 SAVE_S = 30.0
 
 
@@ -240,7 +241,7 @@ class Looking(Watchlist):
         if self.file is not None and self.watched:
             save_state(self.file, self.saved)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #95be2743
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #4ce52dc5
 class LiveDrift(Looking):
     "Detectors of all served revisions that carry a profile."
 
