@@ -39,11 +39,6 @@ HELP = {
     "log_gb": "size of the log in GB; the oldest rows make room",
     "log_days": "days that a row stays in the log; for ever without it",
     "log_archive": "a folder for Parquet files of the rows that have to go",
-    "monitor": "watch drift, feedback, cost and the machine",
-    "monitor_in": "",
-    "run_length": "rows between two false alarms of drift, at least, on average",
-    "price_hour": "dollars an hour of this machine, for the cost of answers",
-    "price_tokens": "dollars per 1,000 tokens, in place of that",
     "log_json": "a line of JSON a request on standard error",
     "api_keys": "API keys, commas between them",
     "api_key_file": "a file with `name key rpm=60 tpm=10000` a line",
@@ -61,6 +56,15 @@ HELP = {
     "warm_models": "models that may be loaded at once; no bound without it",
     "cache_mb": "memory for replies that can be given again; 0: none",
     "cache_redis": "redis://HOST:PORT/DB behind that memory",
+}
+
+# %% ../../nbs/cli/02_serve.ipynb #f9ede21a
+HELP |= {
+    "monitor": "watch drift, feedback, cost and the machine",
+    "monitor_in": "",
+    "run_length": "rows between two false alarms of drift, at least, on average",
+    "price_hour": "dollars an hour of this machine, for the cost of answers",
+    "price_tokens": "dollars per 1,000 tokens, in place of that",
     "exit_with_stdin": "",
 }
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'KINDS', 'SAVE_S', 'Fresh', 'Detector', 'new_detector', 'Watched', 'plain', 'load_state', 'save_state',
-           'LiveDrift']
+           'Watchlist', 'Looking', 'LiveDrift']
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #8f16e958
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #c8f5f309
 import json
 import logging
 import math
@@ -26,7 +26,7 @@ from .gpu import Reading
 from .logfile import RequestRow
 from .plane import Sink
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #099fa423
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #45c51266
 ENDPOINT = "/v1/completions"  # of a profile that names none
 
 
@@ -48,7 +48,7 @@ class Fresh:
             self.seen.popitem(last=False)
         return True
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #76605384
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #3a1fe1ef
 class Detector(Protocol):
     "What finds drift."
 
@@ -87,7 +87,7 @@ def new_detector(block: Mapping[str, Any], run_length: float, model: str) -> Det
 
     return DriftDetector(block, run_length, model=model)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #58f01bb1
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #e2f2b1a6
 KINDS = ("prompts", "predictions")
 
 
@@ -127,7 +127,7 @@ class Watched:
 def _has_endpoint(block: Any) -> bool:
     return isinstance(block, Mapping) and bool(block.get("endpoint"))
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #806ed17a
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #d0014f7b
 def plain(value: Any) -> Any:
     "`value` as JSON can have it: dataclasses as dictionaries, arrays as lists, numbers that are none as null."
     if is_dataclass(value) and not isinstance(value, type):
@@ -141,7 +141,7 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #4f6c45f4
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #0d10e16b
 def load_state(file: Path | None) -> dict[str, Any]:
     "The states in a file, empty if there are none or they cannot be read."
     if file is None or not file.is_file():
@@ -163,12 +163,9 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
     except OSError as e:
         logging.getLogger(__name__).warning("the state of drift is not kept: %s", e)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #be8c81e2
-SAVE_S = 30.0
-
-
-class LiveDrift(Sink):
-    "Detectors of all served revisions that carry a profile."
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #c50ade72
+class Watchlist(Sink):
+    "The served revisions that carry a profile, and why others are not watched."
 
     def __init__(
         self,
@@ -194,12 +191,25 @@ class LiveDrift(Sink):
             if not made.detectors:
                 self.unwatched[revision] = "its model carries no profile"
                 return
-            made.restore(self.saved.get(revision, {}))
+            if not made.restore(self.saved.get(revision, {})):
+                made = Watched(folder, self.run_length, self.make)  # without half of a state
             self.watched[revision] = made
             self.unwatched.pop(revision, None)
         except (LLMKitError, KeyError, ValueError, TypeError) as e:
             self.unwatched[revision] = str(e)
             logging.getLogger(__name__).warning("drift of %s is not watched: %s", revision, e)
+
+    def forget(self, revision: str) -> None:
+        "Watch a revision no longer."
+        self.watched.pop(revision, None)
+        self.unwatched.pop(revision, None)
+
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #f9749da4
+SAVE_S = 30.0
+
+
+class Looking(Watchlist):
+    "Lets detectors see rows, and shows what they found."
 
     def take(self, rows: Sequence[RequestRow]) -> None:
         "Let the detectors of each revision see its rows, but not those that ask not to be stored."
@@ -231,14 +241,17 @@ class LiveDrift(Sink):
         if self.file is not None and self.watched:
             save_state(self.file, self.saved)
 
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #4ce52dc5
+class LiveDrift(Looking):
+    "Detectors of all served revisions that carry a profile."
+
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
         "Reports of all revisions, or of one; or begin to watch one."
         if question.get("what") == "watch":
             self.watch(question["revision"], question["folder"])
             return {"watched": question["revision"] in self.watched}
         if question.get("what") == "forget":
-            self.watched.pop(question["revision"], None)
-            self.unwatched.pop(question["revision"], None)
+            self.forget(question["revision"])
             return {}
         if question.get("what") != "drift":
             return None

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 # %% auto #0
 __all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'COLD', 'PHASE', 'OWN',
-           'PHASES', 'Buckets', 'Finished', 'ModelMetrics', 'phases_of', 'observe_request', 'ServerMetrics']
+           'PHASES', 'Buckets', 'Finished', 'Bound', 'ModelMetrics', 'phases_of', 'observe_request', 'ServerMetrics']
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #82bb78b3
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -81,8 +81,8 @@ class Finished:
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #774d1499
 @dataclass
-class ModelMetrics:
-    "The metrics of one model, labels already bound; made by `ServerMetrics.bind`."
+class Bound:
+    "Metric families of one model, their labels already bound."
 
     gauges: dict[str, Gauge]
     counters: dict[str, Counter]
@@ -110,6 +110,10 @@ class ModelMetrics:
             return self.gauges[name].set(value)
         before, self.seen[name] = self.seen.get(name, 0.0), value
         self.counters[name].inc(value - before if value >= before else value)
+
+# %% ../../nbs/monitoring/01_metrics.ipynb #e8a63992
+class ModelMetrics(Bound):
+    "The metrics of one model; made by `ServerMetrics.bind`."
 
     def finish(self, f: Finished) -> None:
         "Count one finished request."
