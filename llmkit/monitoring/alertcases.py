@@ -84,7 +84,7 @@ def waves(expr: Expr, value: float, window_s: float, by: tuple[str, ...] = ()) -
 
 # %% ../../nbs/monitoring/07e_alertcases.ipynb #300ef794
 def _named(series: Series, by: tuple[str, ...], **more: str) -> Labels:
-    where = {m.label: m.value.replace("5..", "500") for m in series.where if m.op in ("=", "=~")}
+    where = {m.label: m.value.split("|")[0].replace("5..", "500") for m in series.where if m.op in ("=", "=~")}
     return labels_of(series.name, {k: LABELS[k] for k in by if k in LABELS} | where | more)
 
 # %% ../../nbs/monitoring/07e_alertcases.ipynb #c82db50d

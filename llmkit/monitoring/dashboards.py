@@ -92,7 +92,12 @@ def rollout() -> BoardSpec:
     )
     panels = (
         PanelSpec("Shares", shares, "share", "What the controller wants, and what the router gives", wide=True),
-        PanelSpec("Evidence", ((evidence, "{{gate}} {{direction}}"),), "count", "Of each gate, both ways"),
+        PanelSpec(
+            "Evidence",
+            ((evidence, "{{gate}} {{direction}}"),),
+            "count",
+            "Part of what is asked for: at 1 it is decided",
+        ),
         PanelSpec("Verdicts", ((verdicts, "{{alias}} {{verdict}}"),), "count", "As the judge gives them"),
         of_signals("Latency by revision", "P50", "P95", legend=BY_MODEL),
         of_signals("Failures by revision", "failed_rate", legend=BY_MODEL),
@@ -100,7 +105,7 @@ def rollout() -> BoardSpec:
         of_signals("Closed revisions", "breaker_open", legend="{{revision}}"),
         PanelSpec("Shadow", ((shadow, "{{revision}} {{outcome}}"),), "a second", "Copies of requests"),
     )
-    back = 'sum by (alias) (increase(llmkit:rollout_verdicts_total{verdict="rollback"}[1m])) > 0'
+    back = 'sum by (alias) (increase(llmkit:rollout_verdicts_total{verdict=~"rollback|rolled_back"}[1m])) > 0'
     return BoardSpec("rollout", "llmkit rollout", panels, {"rolled back": back})
 
 # %% ../../nbs/monitoring/08a_dashboards.ipynb #6ab0a823

@@ -17,7 +17,7 @@ from .promql import Divide, Expr, Increase, OrZero, Over, Quantile, Rate, Series
 from .series import Matcher
 
 # %% auto #0
-__all__ = ['UNITS', 'NUMBER', 'TIMES', 'PERCENTILE', 'API', 'HTTP', 'SUCCESS', 'BY_MODEL', 'BY_REVISION', 'SIGNALS', 'quantity',
+__all__ = ['UNITS', 'NUMBER', 'TIMES', 'PERCENTILE', 'HTTP', 'SUCCESS', 'BY_MODEL', 'BY_REVISION', 'SIGNALS', 'quantity',
            'Signal', 'time_signal', 'signal']
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #a394c467
@@ -107,7 +107,6 @@ def _total(name: str, *where: Matcher, by: tuple[str, ...] = (), how: type[Rate]
     return Over("sum", by, how(Series(name, where)))
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #082557cd
-API = Matcher("path", "=~", "/v1/.*")
 HTTP, SUCCESS = "llmkit:http_responses_total", "vllm:request_success_total"
 BY_MODEL, BY_REVISION = ("model_name",), ("revision",)
 
@@ -194,7 +193,9 @@ def _machines() -> Iterator[Signal]:
     yield _gauge("gpu_memory", "memory of a GPU in use", "llmkit:gpu_memory_bytes", gpu, "bytes")
     yield _gauge("gpu_power", "what a GPU draws", "llmkit:gpu_power_watts", gpu, "watts")
     yield _gauge("gpu_temperature", "how hot a GPU is", "llmkit:gpu_temperature_celsius", gpu, "degrees")
-    back = _total("llmkit:rollout_verdicts_total", Matcher("verdict", "=", "rollback"), by=("alias",), how=Increase)
+    back = _total(
+        "llmkit:rollout_verdicts_total", Matcher("verdict", "=~", "rollback|rolled_back"), by=("alias",), how=Increase
+    )
     yield Signal("rollbacks", "rollouts rolled back in the window", "count", back)
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #3485b37d
