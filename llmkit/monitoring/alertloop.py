@@ -114,9 +114,10 @@ class AlertLoop(_Parts):
         return changes
 
     def run(self) -> None:
-        "Every `every_s`, until `stop`."
+        "Every `every_s`, until `stop`, by a clock that nobody sets back meanwhile."
+        ahead = time.time() - time.monotonic()
         while not self._end.wait(self.every_s):
-            self.tick(time.time())
+            self.tick(time.monotonic() + ahead)
 
 # %% ../../nbs/monitoring/07k_alertloop.ipynb #c482169a
 def start(loop: AlertLoop) -> AlertLoop:

@@ -17,14 +17,17 @@ from typing import Any
 from ..core.errors import ServiceError
 
 # %% auto #0
-__all__ = ['backoff', 'Message', 'Outbox']
+__all__ = ['CAP_S', 'backoff', 'Message', 'Outbox']
 
 # %% ../../nbs/monitoring/07h_outbox.ipynb #cdc3713f
+CAP_S = 300.0  # the longest wait
+
+# %% ../../nbs/monitoring/07h_outbox.ipynb #fd072536
 def backoff(
     tries: int,  # that failed so far
     chance: float,  # in [0, 1)
     base_s: float = 1.0,
-    cap_s: float = 300.0,
+    cap_s: float = CAP_S,
 ) -> float:
     "Seconds until the next try."
     return min(cap_s, base_s * 2.0 ** min(tries - 1, 30)) * (0.5 + chance / 2)
@@ -123,10 +126,10 @@ class Outbox(_Filled):
         "The next message for `channel`: the oldest of its group, whose time has come."
         heads = "SELECT min(id) FROM messages WHERE state = 'waiting' AND channel = ? GROUP BY grp"
         query = "SELECT id, channel, grp, body, tries, created FROM messages"
+        soon = "(due <= ? OR due > ?)"  # nothing waits longer than the cap: a later time is of a clock that ran ahead
+        find = f"{query} WHERE id IN ({heads}) AND {soon} ORDER BY due, id LIMIT 1"
         with self._lock:
-            found = self._db.execute(
-                f"{query} WHERE id IN ({heads}) AND due <= ? ORDER BY due, id LIMIT 1", (channel, now)
-            ).fetchone()
+            found = self._db.execute(find, (channel, now, now + CAP_S)).fetchone()
         return Message(found[0], found[1], found[2], json.loads(found[3]), found[4], found[5]) if found else None
 
     def taken(self, message: Message) -> None:
