@@ -162,7 +162,8 @@ class FeedbackRequest(Struct, forbid_unknown_fields=True):
 
     request_id: Annotated[str, Meta(min_length=1)]
     name: Annotated[str, Meta(min_length=1, max_length=64)]
-    value: float
+    value: float | None = None  # thumbs and completed: 1 or 0
+    text: Annotated[str, Meta(max_length=65_536)] | None = None  # label: the right answer
 
 # %% ../../nbs/serving/01_protocol.ipynb #061bedaf
 class ShadowRequest(Struct, forbid_unknown_fields=True):
@@ -184,13 +185,13 @@ class AdapterRequest(Struct, forbid_unknown_fields=True):
 
     folder: Annotated[str, Meta(min_length=1)]
 
-# %% ../../nbs/serving/01_protocol.ipynb #8e1bd429
+
 class StateRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}/state`."
 
     state: Literal["warm", "cold"]
 
-# %% ../../nbs/serving/01_protocol.ipynb #22c53684
+
 class RevisionRequest(Struct, forbid_unknown_fields=True):
     "The body of `PUT /admin/revisions/{name}`."
 
@@ -268,9 +269,8 @@ def check_form(request: Shared) -> None:
         say = "structured_outputs takes exactly one of json, regex and choice"
         raise ApiError(400, say, "structured_outputs", "invalid_value")
     if form is not None and form.type != "text":
-        raise ApiError(
-            400, "give response_format or structured_outputs, not both", "structured_outputs", "invalid_value"
-        )
+        say = "give response_format or structured_outputs, not both"
+        raise ApiError(400, say, "structured_outputs", "invalid_value")
 
 # %% ../../nbs/serving/01_protocol.ipynb #58f0872d
 def stop_strings(request: Shared) -> tuple[str, ...]:
