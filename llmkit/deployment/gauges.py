@@ -5,19 +5,24 @@
 # %% ../../nbs/deployment/04i_gauges.ipynb #f18b47c5
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Gauge, generate_latest
 
 from .judge import JudgeState, readings
 from .state import RolloutState
 
 # %% auto #0
-__all__ = ['RolloutGauges']
+__all__ = ['VERDICTS', 'Observed', 'page_of', 'RolloutGauges']
 
 # %% ../../nbs/deployment/04i_gauges.ipynb #59dcd7b6
-class RolloutGauges:
-    "The metrics of rollouts; give its `observe` to a controller as `watch`."
+VERDICTS = ("promoted", "rolled_back", "held", "aborted", "passed")
+
+
+class Observed:
+    "The metrics of rollouts, brought up to date by `observe`."
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
@@ -36,6 +41,8 @@ class RolloutGauges:
         weights = state.confirmed.get("weights", {})
         for revision in (state.canary, state.stable):
             self.share.labels(state.alias, revision).set(weights.get(revision, 0.0))
+        for verdict in VERDICTS:
+            self.verdicts.labels(state.alias, verdict)
         self.paused.labels(state.alias).set(float(bool(state.paused)))
         for line in readings(JudgeState.from_dict(state.judge)) if state.judge else ():
             for key, direction in (("harm", "rollback"), ("safe", "promote")):
@@ -45,7 +52,30 @@ class RolloutGauges:
             self.ended = state.outcome
             self.verdicts.labels(state.alias, state.outcome).inc()
 
+# %% ../../nbs/deployment/04i_gauges.ipynb #a7a1e912
+def page_of(registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:
+    "A handler that answers every request with the metrics of `registry`, in Prometheus' text format."
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = generate_latest(registry)
+            self.send_response(200)
+            self.send_header("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            "A scrape every few seconds is no news."
+
+    return Page
+
+# %% ../../nbs/deployment/04i_gauges.ipynb #d137bf4b
+class RolloutGauges(Observed):
+    "The metrics of rollouts for Prometheus; give its `observe` to a controller as `watch`."
+
     def serve(self, port: int) -> int:
         "Answer Prometheus on this machine's `port` (0: any free one); the port."
-        server, _ = start_http_server(port, "127.0.0.1", registry=self.registry)
+        server = ThreadingHTTPServer(("127.0.0.1", port), page_of(self.registry))
+        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
         return int(server.server_port)
