@@ -6,7 +6,7 @@
 __all__ = ['FEWEST', 'calibrator', 'density_ratio', 'effective', 'Estimate', 'Labelled', 'Estimator', 'reconcile', 'worth',
            'plot_estimates', 'scores', 'reconcile_log']
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #94a83da0
+# %% ../../nbs/monitoring/05c_estimate.ipynb #5a4a68ca
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,18 +16,19 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError, require
 from ..evaluation.fairness import wilson
-from .quality import Grader, answered, confidence, cut, grade
+from .performance import cut
+from .quality import Grader, answered, confidence, grade
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #5cd0a27d
+# %% ../../nbs/monitoring/05c_estimate.ipynb #f9fb6cbc
 FEWEST = 50  # labelled answers to calibrate on
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #b20cbf80
+# %% ../../nbs/monitoring/05c_estimate.ipynb #ada2bb98
 def calibrator(score: np.ndarray, correct: np.ndarray, weight: np.ndarray | None = None) -> Any:
     "An isotonic regression from scores to the probability of being right."
     made = require("sklearn.isotonic", "monitor").IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip")
     return made.fit(score, correct, sample_weight=weight)
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #63b2eb97
+# %% ../../nbs/monitoring/05c_estimate.ipynb #050d2c4e
 def density_ratio(reference: np.ndarray, window: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
     "How much more likely each row of `reference` is in `window`, mean 1; and the share of `window` that it covers."
     model = require("sklearn.ensemble", "monitor").HistGradientBoostingClassifier
@@ -43,12 +44,12 @@ def density_ratio(reference: np.ndarray, window: np.ndarray, seed: int = 0) -> t
     ratio = p / (1 - p) * len(reference) / len(window)
     return ratio / ratio.mean(), min(1.0, float(ratio.mean()))
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #bce57382
+# %% ../../nbs/monitoring/05c_estimate.ipynb #7937175c
 def effective(weight: np.ndarray) -> float:
     "How many rows of equal weight would be as good a sample."
     return float(weight.sum() ** 2 / (weight**2).sum())
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #39c64efe
+# %% ../../nbs/monitoring/05c_estimate.ipynb #becd0aea
 @dataclass
 class Estimate:
     "What the accuracy of a window probably is, before any label."
@@ -65,7 +66,7 @@ class Estimate:
         said = f"probably {self.value:.3f} [{self.low:.3f}, {self.high:.3f}], {self.method}"
         return said + ("" if self.trusted else ", not to be trusted: hardly any labelled answers look like these")
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #4535b6c6
+# %% ../../nbs/monitoring/05c_estimate.ipynb #4c9d6183
 class Labelled:
     "Labelled answers, and what turns their scores into probabilities; the base of `Estimator`."
 
@@ -100,7 +101,7 @@ class Labelled:
             fits.append(calibrator(self.score[some], self.correct[some], drawn[some]))
         return fits
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #9f30c319
+# %% ../../nbs/monitoring/05c_estimate.ipynb #6a8699e3
 class Estimator(Labelled):
     "Estimates accuracies of windows from scores, calibrated on labelled answers."
 
@@ -128,7 +129,7 @@ class Estimator(Labelled):
             return self.fits, float(len(self.score)), False
         return self.fitted(weight), size, True
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #9c2bae55
+# %% ../../nbs/monitoring/05c_estimate.ipynb #2d660c6e
 def reconcile(
     estimator: Estimator,
     windows: Sequence[tuple[Any, ...]],  # (scores, correct) or (scores, correct, features) of labelled answers
@@ -147,7 +148,7 @@ def reconcile(
         rows.append(row | {"as_before": abs(estimator.usual - truth), "inside": e.low <= truth <= e.high})
     return rows
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #6b744145
+# %% ../../nbs/monitoring/05c_estimate.ipynb #5a9f03e2
 def worth(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     "Of the windows whose estimate was trusted: mean absolute errors, and how often the truth was inside."
     known = [r for r in rows if r["rows"]]
@@ -155,7 +156,7 @@ def worth(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found = {k: float(np.mean([r[k] for r in sure])) if sure else math.nan for k in ("error", "as_before", "inside")}
     return found | {"windows": float(len(sure)), "not_trusted": float(len(known) - len(sure))}
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #1ea50d25
+# %% ../../nbs/monitoring/05c_estimate.ipynb #d8be1034
 def plot_estimates(rows: Sequence[Mapping[str, Any]], usual: float) -> Any:
     "A matplotlib figure of estimates with their band, truths with their intervals, and 'as before', over windows."
     from matplotlib.figure import Figure
@@ -174,7 +175,7 @@ def plot_estimates(rows: Sequence[Mapping[str, Any]], usual: float) -> Any:
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #bea8b703
+# %% ../../nbs/monitoring/05c_estimate.ipynb #41d040f7
 def scores(
     rows: Sequence[Mapping[str, Any]],
     grader: Grader | None = grade,  # None for all answers, labelled or not
@@ -184,14 +185,14 @@ def scores(
     kept = [(c, g) for c, g in found if g is not None]
     return np.array([c for c, _ in kept]), np.array([g for _, g in kept])
 
-# %% ../../nbs/monitoring/05c_estimate.ipynb #b1455acb
+# %% ../../nbs/monitoring/05c_estimate.ipynb #f332673d
 def reconcile_log(
     rows: Sequence[Mapping[str, Any]],
     seconds: float,  # of a window
     grader: Grader = grade,
 ) -> list[dict[str, Any]]:
     "`reconcile` for each window of a log, with its `start`; windows before the first calibration have no estimate."
-    parts, made = cut(rows, seconds), []
+    parts, made = cut(answered(rows), seconds), []
     for i, (start, part) in enumerate(parts):
         before, now = [r for _, p in parts[:i] for r in p], scores(part, grader)
         try:
