@@ -6,7 +6,7 @@
 __all__ = ['Hook', 'busy_seconds', 'Prices', 'find_hook', 'revenues', 'costs', 'Share', 'label_share', 'Business', 'business_by',
            'business']
 
-# %% ../../nbs/monitoring/05d_business.ipynb #c8dbfb9e
+# %% ../../nbs/monitoring/05d_business.ipynb #665b5d47
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..core.config import Config, nearest
 from ..core.errors import ConfigError, DataError
 from ..evaluation.fairness import wilson
 
-# %% ../../nbs/monitoring/05d_business.ipynb #ad4b5844
+# %% ../../nbs/monitoring/05d_business.ipynb #d5350470
 def busy_seconds(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     "The part of the machine's busy time that each request had, in seconds; their sum is the time it was busy."
     own = np.array([r.get("source", "") != "cache" for r in rows], bool)
@@ -36,7 +36,7 @@ def busy_seconds(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     served = np.concatenate([[0.0], np.cumsum(parts)])
     return np.where(own, served[np.minimum(ended, len(times) - 1)] - served[np.minimum(began, len(times) - 1)], 0.0)
 
-# %% ../../nbs/monitoring/05d_business.ipynb #e9261cce
+# %% ../../nbs/monitoring/05d_business.ipynb #81103eaa
 @dataclass(kw_only=True)
 class Prices(Config):
     "What serving costs, in dollars, and the hook that knows what it brings in."
@@ -46,10 +46,10 @@ class Prices(Config):
     completion_1k: Annotated[float, Ge(0)] = 0.0  # 1,000 tokens written
     revenue: str = ""  # 'package.module:function': a row of the request log -> dollars
 
-# %% ../../nbs/monitoring/05d_business.ipynb #96f1b69c
+# %% ../../nbs/monitoring/05d_business.ipynb #4b49442f
 Hook = Callable[[Mapping[str, Any]], float]
 
-# %% ../../nbs/monitoring/05d_business.ipynb #26b28c09
+# %% ../../nbs/monitoring/05d_business.ipynb #ceee1d9a
 def find_hook(where: str | Hook | None) -> Hook | None:
     "The function that `where` names, 'package.module:function'; `ConfigError` if it is not there."
     if not isinstance(where, str):
@@ -66,7 +66,7 @@ def find_hook(where: str | Hook | None) -> Hook | None:
         raise ConfigError(f"revenue hook {where!r}: {module} has no function {name!r}", nearest(name, known))
     return found  # type: ignore[no-any-return]
 
-# %% ../../nbs/monitoring/05d_business.ipynb #371a1a02
+# %% ../../nbs/monitoring/05d_business.ipynb #901da947
 def revenues(rows: Sequence[Mapping[str, Any]], hook: Hook) -> np.ndarray:
     "What each request brought in; `DataError` with the request's id if the hook fails or gives no number."
     found = np.zeros(len(rows))
@@ -79,7 +79,7 @@ def revenues(rows: Sequence[Mapping[str, Any]], hook: Hook) -> np.ndarray:
             raise DataError(f"the revenue hook gave {found[i]} for request {r['id']!r}", "return dollars, 0 for none")
     return found
 
-# %% ../../nbs/monitoring/05d_business.ipynb #83913567
+# %% ../../nbs/monitoring/05d_business.ipynb #b5c837c3
 def costs(rows: Sequence[Mapping[str, Any]], prices: Prices) -> np.ndarray:
     "What each request cost, in dollars; from the cache, nothing."
     paid = np.array([r.get("source", "") != "cache" for r in rows], float)
@@ -88,7 +88,7 @@ def costs(rows: Sequence[Mapping[str, Any]], prices: Prices) -> np.ndarray:
     busy = busy_seconds(rows) * prices.busy_hour / 3600 if prices.busy_hour else 0.0
     return paid * (read + written + busy)
 
-# %% ../../nbs/monitoring/05d_business.ipynb #4e0e5f7d
+# %% ../../nbs/monitoring/05d_business.ipynb #33530741
 @dataclass
 class Share:
     "A share with its interval, and of how many."
@@ -101,7 +101,7 @@ class Share:
     def __str__(self) -> str:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.rows}" if self.rows else "unknown"
 
-# %% ../../nbs/monitoring/05d_business.ipynb #b0eae8b9
+# %% ../../nbs/monitoring/05d_business.ipynb #80e04ceb
 def label_share(rows: Sequence[Mapping[str, Any]], name: str) -> Share:
     "The share of 1 among the labels `name` that are there; `DataError` if one is neither 1 nor 0."
     found = []
@@ -113,7 +113,7 @@ def label_share(rows: Sequence[Mapping[str, Any]], name: str) -> Share:
     low, high = wilson(sum(found), len(found))
     return Share(float(np.mean(found)) if found else math.nan, low, high, len(found))
 
-# %% ../../nbs/monitoring/05d_business.ipynb #f76bfb15
+# %% ../../nbs/monitoring/05d_business.ipynb #aa02bfc6
 @dataclass
 class Business:
     "What a set of requests was worth to people, and what it cost."
@@ -144,7 +144,7 @@ class Business:
         said = {"satisfied": str(self.satisfaction), "completed": str(self.completion)}
         return {"requests": self.requests, "tokens": self.tokens} | said | money
 
-# %% ../../nbs/monitoring/05d_business.ipynb #e171f4c7
+# %% ../../nbs/monitoring/05d_business.ipynb #0604276d
 def business_by(
     rows: Sequence[Mapping[str, Any]],
     prices: Prices,
@@ -168,7 +168,7 @@ def business_by(
         made[name] = Business(len(part), tokens, *said, *money)
     return made
 
-# %% ../../nbs/monitoring/05d_business.ipynb #4accd655
+# %% ../../nbs/monitoring/05d_business.ipynb #5adfeb11
 def business(rows: Sequence[Mapping[str, Any]], prices: Prices, revenue: Hook | None = None) -> Business:
     "One summary for all rows."
     return business_by(rows, prices, lambda _: "all", revenue)["all"]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'Reading', 'open_nvml', 'Gpus']
 
-# %% ../../nbs/monitoring/06a_gpu.ipynb #fbaee645
+# %% ../../nbs/monitoring/06a_gpu.ipynb #f631d507
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-# %% ../../nbs/monitoring/06a_gpu.ipynb #812a8ad4
+# %% ../../nbs/monitoring/06a_gpu.ipynb #ba7f1c16
 @dataclass(frozen=True, slots=True)
 class Reading:
     "One number that was measured just now."
@@ -19,7 +19,7 @@ class Reading:
     value: float
     labels: dict[str, str] = field(default_factory=dict)  # {'gpu': '0'}
 
-# %% ../../nbs/monitoring/06a_gpu.ipynb #34d8dc13
+# %% ../../nbs/monitoring/06a_gpu.ipynb #0a73a62d
 QUESTIONS: dict[str, Callable[[Any, Any], float]] = {
     "gpu_utilization_ratio": lambda nvml, card: nvml.nvmlDeviceGetUtilizationRates(card).gpu / 100,
     "gpu_memory_bytes": lambda nvml, card: nvml.nvmlDeviceGetMemoryInfo(card).used,
@@ -28,14 +28,16 @@ QUESTIONS: dict[str, Callable[[Any, Any], float]] = {
     "gpu_temperature_celsius": lambda nvml, card: nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
 }
 
-# %% ../../nbs/monitoring/06a_gpu.ipynb #6fd123f9
+# %% ../../nbs/monitoring/06a_gpu.ipynb #f5e32da2
 def open_nvml(
     nvml: Any = None,  # the module pynvml, or what has its functions
 ) -> tuple[Any, str]:
     "NVML, ready to be asked, and an empty text; or None, and why nothing can be asked."
     try:
         if nvml is None:
-            import pynvml as nvml
+            import pynvml
+
+            nvml = pynvml
     except ModuleNotFoundError:
         return None, "no GPU is watched: pip install 'llmkit[monitor]'"
     try:
@@ -44,7 +46,7 @@ def open_nvml(
     except nvml.NVMLError as e:
         return None, f"no GPU is watched: {e}"
 
-# %% ../../nbs/monitoring/06a_gpu.ipynb #1b6cbd04
+# %% ../../nbs/monitoring/06a_gpu.ipynb #356088ee
 class Gpus:
     "The cards that NVML lists, opened once; none, and `why` in a line, where it cannot."
 

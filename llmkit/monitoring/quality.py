@@ -6,7 +6,7 @@
 __all__ = ['RESERVED', 'Grader', 'bins_of', 'reliability', 'checked', 'Calibration', 'calibration', 'plot_reliability', 'grade',
            'confidence', 'Quality', 'answered', 'task_metrics', 'quality', 'quality_windows']
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #2a89355d
+# %% ../../nbs/monitoring/05b_quality.ipynb #f048c250
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import ConfigError, DataError
+from ..core.errors import DataError
 from ..evaluation.fairness import mean_interval, wilson
+from .performance import cut
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #881ee002
+# %% ../../nbs/monitoring/05b_quality.ipynb #8f337fb0
 def bins_of(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
     "Indices of the answers in order of confidence, in `bins` parts of equal size (fewer if there are fewer answers)."
     return [b for b in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(b)]
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #f9d1612f
+# %% ../../nbs/monitoring/05b_quality.ipynb #c329d664
 def reliability(
     confidence: Sequence[float] | np.ndarray,  # stated probability of being right, 0..1
     correct: Sequence[float] | np.ndarray,  # 1 or 0
@@ -37,7 +38,7 @@ def reliability(
         rows.append(line | {"answers": len(b), "calibrated": low <= c[b].mean() <= high})
     return rows
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #07f6b554
+# %% ../../nbs/monitoring/05b_quality.ipynb #db38c30b
 def checked(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
     "Both as arrays; `DataError` if there is nothing in them, or anything but probabilities and 0 or 1."
     c, y = np.asarray(confidence, float), np.asarray(correct, float)
@@ -49,7 +50,7 @@ def checked(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
         raise DataError("an answer is neither right (1) nor wrong (0)", "grade with 0 and 1 to speak of calibration")
     return c, y
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #6500ed5a
+# %% ../../nbs/monitoring/05b_quality.ipynb #7bc4bdd3
 @dataclass
 class Calibration:
     "How far stated confidence and accuracy lie apart."
@@ -70,7 +71,7 @@ class Calibration:
         said = f"off by {self.ece:.3f}, {self.ece_by_chance:.3f} of it by chance (p = {self.p:.3g})"
         return f"{said}; Brier score {self.brier:.3f}, {self.brier_base:.3f} without knowing"
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #5f90a2ba
+# %% ../../nbs/monitoring/05b_quality.ipynb #ef0c0e4b
 def calibration(
     confidence: Sequence[float] | np.ndarray,
     correct: Sequence[float] | np.ndarray,
@@ -93,7 +94,7 @@ def calibration(
     base = float(y.mean() * (1 - y.mean()))
     return Calibration(len(c), found, float(luck.mean()), float(p), float(((c - y) ** 2).mean()), base)
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #6a3b505c
+# %% ../../nbs/monitoring/05b_quality.ipynb #86f84a1d
 def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     "A matplotlib figure of reliability tables by name; below the diagonal, the model says more than it knows."
     from matplotlib.figure import Figure
@@ -112,11 +113,11 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #c6c4effd
+# %% ../../nbs/monitoring/05b_quality.ipynb #4a81a15f
 RESERVED = ("thumbs", "completed", "label", "session")
 Grader = Callable[[Mapping[str, Any]], float | None]
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #4cec7bad
+# %% ../../nbs/monitoring/05b_quality.ipynb #6a354b9e
 def grade(row: Mapping[str, Any]) -> float | None:
     "1 if the answer of a request is right, 0 if not, None if nobody knows (yet)."
     labels = row.get("labels") or {}
@@ -126,13 +127,13 @@ def grade(row: Mapping[str, Any]) -> float | None:
         return None  # no label, or the text was left out of the log
     return float(" ".join(row["completion"].split()).casefold() == " ".join(right.split()).casefold())
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #889830d5
+# %% ../../nbs/monitoring/05b_quality.ipynb #3003c965
 def confidence(row: Mapping[str, Any]) -> float | None:
     "The geometric mean of the probabilities of an answer's tokens; None if the log does not say."
     found = row.get("mean_logprob")
     return None if found is None or not math.isfinite(found) else min(1.0, math.exp(found))
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #5acde5d9
+# %% ../../nbs/monitoring/05b_quality.ipynb #9f0c7c81
 @dataclass
 class Quality:
     "What labels say of the answers in a window."
@@ -151,12 +152,12 @@ class Quality:
         ends = f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
         return f"accuracy {ends}, {self.labelled} of {self.rows} answers labelled"
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #d60895a8
+# %% ../../nbs/monitoring/05b_quality.ipynb #7a261425
 def answered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     "The rows that a model answered: no error, no copy for a shadow."
     return [r for r in rows if r["status"] < 400 and r.get("source", "") != "shadow"]
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #12d41b1a
+# %% ../../nbs/monitoring/05b_quality.ipynb #02ebc836
 def task_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     "Mean, interval and number of every numeric label that is not reserved."
     found: dict[str, list[float]] = {}
@@ -172,7 +173,7 @@ def task_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
         made[name] = {"mean": float(x.mean()), "low": low, "high": high, "rows": float(len(x))}
     return made
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #f45d237b
+# %% ../../nbs/monitoring/05b_quality.ipynb #c1f65945
 def quality(rows: Sequence[Mapping[str, Any]], grader: Grader = grade) -> Quality:
     "Accuracy, calibration and task metrics of request log rows; `DataError` if nothing was answered."
     good = answered(rows)
@@ -191,17 +192,9 @@ def quality(rows: Sequence[Mapping[str, Any]], grader: Grader = grade) -> Qualit
         made.calibration = calibration([c for c, _ in said], [g for _, g in said])
     return made
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #53fa91dd
+# %% ../../nbs/monitoring/05b_quality.ipynb #9d67862d
 def quality_windows(
     rows: Sequence[Mapping[str, Any]], seconds: float, grader: Grader = grade
 ) -> list[tuple[float, Quality]]:
-    "`(start, quality)` of each `seconds` long window from the first arrival on; an empty window has 0 rows."
-    if seconds <= 0:
-        raise ConfigError(f"seconds={seconds} must be above 0", "3600, for example")
-    good = answered(rows)
-    first = min((r["time"] for r in good), default=0.0)
-    groups: dict[int, list[Mapping[str, Any]]] = {}
-    for r in good:
-        groups.setdefault(int((r["time"] - first) / seconds), []).append(r)
-    starts = range(max(groups, default=-1) + 1)
-    return [(first + i * seconds, quality(groups[i], grader) if i in groups else Quality(0, 0)) for i in starts]
+    "`(start, quality)` of each `seconds` long window; an empty one has 0 rows."
+    return [(at, quality(part, grader) if part else Quality(0, 0)) for at, part in cut(answered(rows), seconds)]

@@ -6,7 +6,7 @@
 __all__ = ['group_folders', 'read_number', 'memory_limit', 'memory_used', 'cpu_quota', 'cpu_seconds', 'read_memory', 'read_disk',
            'read_network', 'CpuMeter', 'SystemSampler', 'key', 'read_system']
 
-# %% ../../nbs/monitoring/06_system.ipynb #d3b1dfe9
+# %% ../../nbs/monitoring/06_system.ipynb #49df40e5
 import threading
 import time
 from pathlib import Path
@@ -16,7 +16,7 @@ import psutil
 from ..core.errors import ConfigError, MissingError
 from .gpu import Gpus, Reading
 
-# %% ../../nbs/monitoring/06_system.ipynb #a9b19e57
+# %% ../../nbs/monitoring/06_system.ipynb #551f73c1
 def group_folders(
     controller: str,  # 'memory' or 'cpu'
     root: Path = Path("/sys/fs/cgroup"),
@@ -35,10 +35,10 @@ def group_folders(
             found += [p for p in (inside, *inside.parents) if p.is_dir() and p.is_relative_to(top)]
     return found
 
-# %% ../../nbs/monitoring/06_system.ipynb #fd0e3b88
+# %% ../../nbs/monitoring/06_system.ipynb #51100fa5
 _NO_LIMIT = 2**60  # version 1 writes 2**63, rounded down to pages
 
-# %% ../../nbs/monitoring/06_system.ipynb #e0a5a39a
+# %% ../../nbs/monitoring/06_system.ipynb #36028673
 def read_number(path: Path) -> int | None:
     "The first number in a file of a control group; None for 'max', no limit, or no file."
     try:
@@ -47,7 +47,7 @@ def read_number(path: Path) -> int | None:
     except (OSError, IndexError):
         return None
 
-# %% ../../nbs/monitoring/06_system.ipynb #d3d1731a
+# %% ../../nbs/monitoring/06_system.ipynb #9eb24819
 def memory_limit(folders: list[Path]) -> tuple[int, Path] | None:
     "The tightest memory limit in bytes and the folder that sets it; None if nothing limits."
     limits = [
@@ -58,7 +58,7 @@ def memory_limit(folders: list[Path]) -> tuple[int, Path] | None:
     ]
     return min(limits, key=lambda x: x[0], default=None)
 
-# %% ../../nbs/monitoring/06_system.ipynb #c96aa7cf
+# %% ../../nbs/monitoring/06_system.ipynb #177c2862
 def memory_used(folder: Path) -> int:
     "Bytes that a control group uses, without files that the kernel would drop."
     used = next((n for name in ("memory.current", "memory.usage_in_bytes") if (n := read_number(folder / name))), 0)
@@ -68,7 +68,7 @@ def memory_used(folder: Path) -> int:
         stat = {}
     return max(0, used - int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))
 
-# %% ../../nbs/monitoring/06_system.ipynb #03f725bb
+# %% ../../nbs/monitoring/06_system.ipynb #cb73f78e
 def cpu_quota(folders: list[Path]) -> tuple[float, Path] | None:
     "How many cores' time may be used, 0.5 for half of one, and the folder that says so; None if nothing limits."
     quotas = []
@@ -79,7 +79,7 @@ def cpu_quota(folders: list[Path]) -> tuple[float, Path] | None:
             quotas.append((quota / int((folder / "cpu.max").read_text().split()[1]), folder))
     return min(quotas, key=lambda q: q[0], default=None)
 
-# %% ../../nbs/monitoring/06_system.ipynb #c1da9297
+# %% ../../nbs/monitoring/06_system.ipynb #c8371307
 def cpu_seconds(folder: Path) -> float | None:
     "CPU seconds that a control group has used; None if its files do not say."
     if (used := read_number(folder / "cpuacct.usage")) is not None:
@@ -90,7 +90,7 @@ def cpu_seconds(folder: Path) -> float | None:
     except (OSError, ValueError, KeyError):
         return None
 
-# %% ../../nbs/monitoring/06_system.ipynb #a928592d
+# %% ../../nbs/monitoring/06_system.ipynb #eeb25d0a
 def read_memory(folders: list[Path]) -> list[Reading]:
     "Bytes in use and bytes there are, of the container where it has a limit."
     host, limit = psutil.virtual_memory(), memory_limit(folders)
@@ -100,7 +100,7 @@ def read_memory(folders: list[Path]) -> list[Reading]:
         used, total = host.total - host.available, host.total
     return [Reading("system_memory_bytes", used), Reading("system_memory_total_bytes", total)]
 
-# %% ../../nbs/monitoring/06_system.ipynb #09792e6b
+# %% ../../nbs/monitoring/06_system.ipynb #4a578c87
 def read_disk(path: Path) -> list[Reading]:
     "Bytes free at `path`, bytes read and written by all devices since the machine started."
     found = [Reading("system_disk_free_bytes", psutil.disk_usage(str(path)).free)]
@@ -109,7 +109,7 @@ def read_disk(path: Path) -> list[Reading]:
             found.append(Reading("system_disk_bytes_total", value, {"direction": direction}))
     return found
 
-# %% ../../nbs/monitoring/06_system.ipynb #57b1de10
+# %% ../../nbs/monitoring/06_system.ipynb #47f5fd2a
 def read_network() -> list[Reading]:
     "Bytes received and sent since the machine started, without the loopback."
     cards = [io for name, io in psutil.net_io_counters(pernic=True).items() if name != "lo"]
@@ -117,7 +117,7 @@ def read_network() -> list[Reading]:
     found = [Reading("system_network_bytes_total", n, {"direction": d}) for d, n in sums.items()]
     return found if cards else []
 
-# %% ../../nbs/monitoring/06_system.ipynb #8e187502
+# %% ../../nbs/monitoring/06_system.ipynb #5fa24322
 class CpuMeter:
     "The share of the CPU time that could be used which was used since the call before."
 
@@ -143,7 +143,7 @@ class CpuMeter:
         self.before = now
         return [Reading("system_cpu_ratio", min(1.0, max(0.0, used / could)))]
 
-# %% ../../nbs/monitoring/06_system.ipynb #cd97f044
+# %% ../../nbs/monitoring/06_system.ipynb #0b25a190
 class SystemSampler:
     "Readings of the whole machine, at most one set in `every_s` seconds."
 
@@ -177,13 +177,13 @@ class SystemSampler:
         "Let the GPU's library go."
         self.gpus.close()
 
-# %% ../../nbs/monitoring/06_system.ipynb #77c5a14d
+# %% ../../nbs/monitoring/06_system.ipynb #44cb96da
 def key(reading: Reading) -> str:
     'A reading\'s name with its labels, as on `/metrics`: `gpu_power_watts{gpu="0"}`.'
     inside = ",".join(f'{k}="{v}"' for k, v in reading.labels.items())
     return reading.name + (f"{{{inside}}}" if inside else "")
 
-# %% ../../nbs/monitoring/06_system.ipynb #692bdd5f
+# %% ../../nbs/monitoring/06_system.ipynb #18eec4d7
 def read_system(path: str | Path = ".", gpus: Gpus | None = None) -> dict[str, float]:
     "One look at the machine; takes a tenth of a second."
     sampler = SystemSampler(0.0, path, gpus)
