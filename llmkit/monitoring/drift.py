@@ -34,7 +34,7 @@ def inflation(scores: Sequence[float] | np.ndarray) -> float:
     r = min(max(float((x[1:] * x[:-1]).sum() / (x * x).sum()), 0.0), 0.99)
     return (1 + r) / (1 - r)
 
-# %% ../../nbs/monitoring/04_drift.ipynb #9dfd65f3
+# %% ../../nbs/monitoring/04_drift.ipynb #c00e4ffa
 class Ring:
     "The last rows of numbers."
 
@@ -52,7 +52,7 @@ class Ring:
         n = min(self.count, len(self.rows), self.count if n is None else n)
         return self.rows[(self.count - n + np.arange(n)) % len(self.rows)]
 
-# %% ../../nbs/monitoring/04_drift.ipynb #3a6c487b
+# %% ../../nbs/monitoring/04_drift.ipynb #1eeabaa3
 @dataclass(frozen=True, slots=True)
 class Alarm:
     "What was known when an alarm was raised, at `row` (counted from 1)."
@@ -69,14 +69,14 @@ def named(evidence: np.ndarray, run_length: float) -> list[int]:
     enough = evidence[order] * np.arange(1, len(order) + 1) >= run_length * len(order)
     return order[: max(int(np.flatnonzero(enough)[-1]) + 1 if enough.any() else 1, 1)].tolist()
 
-# %% ../../nbs/monitoring/04_drift.ipynb #416cbcab
+# %% ../../nbs/monitoring/04_drift.ipynb #a7b978bf
 class Watcher(EDetector):
     "An e-detector that remembers enough to explain its alarms, and measures how far the stream is from the reference."
 
     KEPT = 1024  # rows
 
-    def __init__(self, encoder: Encoder, run_length: float, grow: int, seed: int) -> None:
-        super().__init__(encoder.columns, run_length, grow, seed)
+    def __init__(self, encoder: Encoder, run_length: float, grow: int, seed: int, temper: float) -> None:
+        super().__init__(encoder.columns, run_length, grow, seed, temper)
         self.distances = Distances(encoder.columns, self.urn.start)
         self.recent, self.began = Ring(self.KEPT, len(self.names)), 0  # the row before the first since the last alarm
         self.found: deque[Alarm] = deque(maxlen=1000)
@@ -154,7 +154,7 @@ class DriftReport:
         since = "" if self.since is None else f", since row {self.since}"
         return f"drift in {self.kind} after {self.row} rows, mostly in {self.feature}{since}"
 
-# %% ../../nbs/monitoring/04_drift.ipynb #7544bfdb
+# %% ../../nbs/monitoring/04_drift.ipynb #ef65dbef
 class Observer:
     "Makes numbers of rows, watches them against the profile `block`, and keeps what a report needs."
 
@@ -168,10 +168,11 @@ class Observer:
         grow: int = 100_000,  # rows that join the reference, at most; `ranks` says why
         seed: int = 0,  # of the tie-breaking
         model: str = "",  # revision that is watched: a profile of another one is an error
+        temper: float = 1.0,  # by which evidence is divided: `report().inflation` where rows depend on each other
     ) -> None:
         self.encoder = Encoder(block, model)
         self.kind, self.run_length = self.encoder.kind, run_length
-        self.watcher = Watcher(self.encoder, run_length, grow, seed)
+        self.watcher = Watcher(self.encoder, run_length, grow, seed, temper)
         self.names = self.watcher.names
         self.values = Ring(Watcher.KEPT, len(self.names))
         self.texts: deque[tuple[int, str]] = deque(maxlen=self.TEXTS)
@@ -214,7 +215,7 @@ class Observer:
             self.out_of_order += float(at) < self.clock
             self.clock = float(at)
 
-# %% ../../nbs/monitoring/04_drift.ipynb #e441784e
+# %% ../../nbs/monitoring/04_drift.ipynb #4a163551
 STATE_SCHEMA = "llmkit.drift/1"
 
 

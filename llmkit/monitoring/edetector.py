@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Column', 'join_tables', 'grow_owned', 'pack_array', 'unpack_array', 'EDetector']
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #1d17274a
+# %% ../../nbs/monitoring/03d_edetector.ipynb #e79cb56a
 import base64
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ..core.errors import ConfigError, DataError
 from .bets import BETS, BINS, bin_of, category_bets, number_bets
 from .ranks import Ranks
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #a81eec47
+# %% ../../nbs/monitoring/03d_edetector.ipynb #0edac7d6
 @dataclass(frozen=True, slots=True)
 class Column:
     "One column of the reference, without its missing values."
@@ -33,7 +33,7 @@ class Column:
             return number_bets()
         return category_bets(np.bincount(self.values.astype(int), minlength=self.categories).tolist())
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #0c98a436
+# %% ../../nbs/monitoring/03d_edetector.ipynb #d4fa62a5
 def join_tables(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
     "All tables one below the other, and the line where each column's begins."
     tables, starts = [number_bets()], []
@@ -42,7 +42,7 @@ def join_tables(columns: Sequence[Column]) -> tuple[np.ndarray, np.ndarray]:
         tables += [column.bets()] if column.categories else []
     return np.concatenate(tables), np.array(starts, np.intp)
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #0d2cd3e4
+# %% ../../nbs/monitoring/03d_edetector.ipynb #beb976df
 def grow_owned(owned: np.ndarray, pays: np.ndarray) -> np.ndarray:
     "What is owned after each row when `owned` is before the first; it takes the place of `pays` [rows, ...]."
     stake = np.empty_like(owned)
@@ -52,7 +52,7 @@ def grow_owned(owned: np.ndarray, pays: np.ndarray) -> np.ndarray:
         owned = now
     return pays
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #35fb25bc
+# %% ../../nbs/monitoring/03d_edetector.ipynb #169580ea
 def pack_array(array: np.ndarray) -> dict[str, Any]:
     "An array as JSON."
     raw = base64.b85encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 6)).decode("ascii")
@@ -64,10 +64,10 @@ def unpack_array(packed: Mapping[str, Any]) -> np.ndarray:
     raw = zlib.decompress(base64.b85decode(packed["data"]))
     return np.frombuffer(raw, packed["dtype"]).reshape(packed["shape"]).copy()
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #e6f6edb6
+# %% ../../nbs/monitoring/03d_edetector.ipynb #a722dd6b
 BLOCK = 64  # rows that are looked at together
 
-# %% ../../nbs/monitoring/03d_edetector.ipynb #b5bddee7
+# %% ../../nbs/monitoring/03d_edetector.ipynb #872d077a
 class EDetector:
     "Watches rows of numbers [rows, columns], where nan is a missing value."
 
@@ -77,15 +77,19 @@ class EDetector:
         run_length: float = 1e5,  # rows between two false alarms, at least, on average
         grow: int = 100_000,  # rows that join the reference; `Ranks` says why
         seed: int = 0,  # of the tie-breaking
+        temper: float = 1.0,  # by which evidence is divided; the variance inflation of rows that depend on each other
     ) -> None:
         if not run_length > 1:
             raise ConfigError(f"run_length={run_length} must be above 1", "1e5 rows, for example")
+        if not temper >= 1:
+            raise ConfigError(f"temper={temper} must be at least 1", "2, for rows that depend on the one before")
         if not columns or any(len(c.values) == 0 for c in columns):
             empty = [c.name for c in columns if len(c.values) == 0]
             raise DataError(f"no reference value for {', '.join(empty) or 'any column'}", "leave such columns out")
         self.names, self.run_length = [c.name for c in columns], run_length
         self.urn = Ranks([c.values for c in columns], np.random.default_rng(seed), grow)
         self.table, self.first = join_tables(columns)
+        self.table **= 1 / temper  # still fair, or worse: the mean of a root is at most the root of the mean
         self.rng = np.random.default_rng([seed, 1])
         self.owned = np.zeros((len(columns), len(BETS)))
         self.rows, self.alarms = 0, list[int]()  # the rows (from 1) at which an alarm was raised
