@@ -34,7 +34,7 @@ def inflation(scores: Sequence[float] | np.ndarray) -> float:
     r = min(max(float((x[1:] * x[:-1]).sum() / (x * x).sum()), 0.0), 0.99)
     return (1 + r) / (1 - r)
 
-# %% ../../nbs/monitoring/04_drift.ipynb #c00e4ffa
+# %% ../../nbs/monitoring/04_drift.ipynb #d88fea47
 class Ring:
     "The last rows of numbers."
 
@@ -52,7 +52,7 @@ class Ring:
         n = min(self.count, len(self.rows), self.count if n is None else n)
         return self.rows[(self.count - n + np.arange(n)) % len(self.rows)]
 
-# %% ../../nbs/monitoring/04_drift.ipynb #1eeabaa3
+# %% ../../nbs/monitoring/04_drift.ipynb #717f594d
 @dataclass(frozen=True, slots=True)
 class Alarm:
     "What was known when an alarm was raised, at `row` (counted from 1)."
@@ -69,7 +69,7 @@ def named(evidence: np.ndarray, run_length: float) -> list[int]:
     enough = evidence[order] * np.arange(1, len(order) + 1) >= run_length * len(order)
     return order[: max(int(np.flatnonzero(enough)[-1]) + 1 if enough.any() else 1, 1)].tolist()
 
-# %% ../../nbs/monitoring/04_drift.ipynb #a7b978bf
+# %% ../../nbs/monitoring/04_drift.ipynb #c10fe815
 class Watcher(EDetector):
     "An e-detector that remembers enough to explain its alarms, and measures how far the stream is from the reference."
 
@@ -154,7 +154,7 @@ class DriftReport:
         since = "" if self.since is None else f", since row {self.since}"
         return f"drift in {self.kind} after {self.row} rows, mostly in {self.feature}{since}"
 
-# %% ../../nbs/monitoring/04_drift.ipynb #ef65dbef
+# %% ../../nbs/monitoring/04_drift.ipynb #b40deae2
 class Observer:
     "Makes numbers of rows, watches them against the profile `block`, and keeps what a report needs."
 
@@ -215,7 +215,7 @@ class Observer:
             self.out_of_order += float(at) < self.clock
             self.clock = float(at)
 
-# %% ../../nbs/monitoring/04_drift.ipynb #4a163551
+# %% ../../nbs/monitoring/04_drift.ipynb #352e1a27
 STATE_SCHEMA = "llmkit.drift/1"
 
 

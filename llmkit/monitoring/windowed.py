@@ -6,7 +6,7 @@
 __all__ = ['decile_shares', 'category_shares', 'Measure', 'present', 'ks_distance', 'compare_numbers', 'compare_categories',
            'mmd', 'compare_columns', 'compare_window', 'holm']
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #5db97fff
+# %% ../../nbs/monitoring/04a_windowed.ipynb #65aad28e
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .columns import is_missing
 from .edetector import Column
 from .profile import Encoder, Row
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #4b3d15f5
+# %% ../../nbs/monitoring/04a_windowed.ipynb #fc9aab20
 def decile_shares(reference: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Shares of both sorted samples in the reference's deciles (fewer where values are tied)."
     at = np.linspace(0.1, 0.9, 9) * (len(reference) - 1)
@@ -28,14 +28,14 @@ def decile_shares(reference: np.ndarray, live: np.ndarray) -> tuple[np.ndarray, 
     found = [np.diff(np.r_[0, np.searchsorted(x, edges, "right"), len(x)]) + 0.5 for x in (reference, live)]
     return found[0] / found[0].sum(), found[1] / found[1].sum()
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #21362b5b
+# %% ../../nbs/monitoring/04a_windowed.ipynb #e28c6dba
 def category_shares(reference: Sequence[Any], live: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     "Shares of both samples by category."
     names = {name: i for i, name in enumerate(dict.fromkeys([*map(str, reference), *map(str, live)]))}
     counts = [np.bincount([names[str(v)] for v in xs], minlength=len(names)) + 0.5 for xs in (reference, live)]
     return counts[0] / counts[0].sum(), counts[1] / counts[1].sum()
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #43d819ed
+# %% ../../nbs/monitoring/04a_windowed.ipynb #5f3e2e9a
 @dataclass(frozen=True, slots=True)
 class Measure:
     "One number between a reference and a window."
@@ -59,7 +59,7 @@ def _divergences(p: np.ndarray, q: np.ndarray, n: int, m: int) -> list[Measure]:
         Measure("js", math.sqrt(js), null, float(chdtrc(free, alike / scale))),
     ]
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #c2b42dc1
+# %% ../../nbs/monitoring/04a_windowed.ipynb #ba1d7936
 def present(values: Sequence[Any] | np.ndarray, what: str) -> Any:
     "The values that are not missing; `DataError` if there are none."
     if isinstance(values, np.ndarray):
@@ -70,7 +70,7 @@ def present(values: Sequence[Any] | np.ndarray, what: str) -> Any:
         raise DataError(f"the {what} has no values: {len(values)} rows, all of them missing", "widen the window")
     return found
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #53b3731d
+# %% ../../nbs/monitoring/04a_windowed.ipynb #c172f1c6
 def ks_distance(reference: np.ndarray, live: np.ndarray) -> float:
     "The Kolmogorov-Smirnov distance of two sorted samples."
     place = np.arange(len(live))
@@ -83,7 +83,7 @@ def ks_distance(reference: np.ndarray, live: np.ndarray) -> float:
     n, m = len(reference), len(live)
     return float(max(np.abs(upto / n - after / m).max(), np.abs(under / n - before / m).max()))
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #3ea35fd2
+# %% ../../nbs/monitoring/04a_windowed.ipynb #92807899
 def compare_numbers(reference: Sequence[Any] | np.ndarray, live: Sequence[Any] | np.ndarray) -> list[Measure]:
     "PSI, Jensen-Shannon distance and Kolmogorov-Smirnov of a column of numbers."
     from scipy.special import kolmogorov
@@ -93,7 +93,7 @@ def compare_numbers(reference: Sequence[Any] | np.ndarray, live: Sequence[Any] |
     found = _divergences(*decile_shares(ref, new), len(ref), len(new))
     return [*found, Measure("ks", ks, 0.8687 * root, float(kolmogorov(ks / root)))]  # the mean of Kolmogorov's law
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #06e23329
+# %% ../../nbs/monitoring/04a_windowed.ipynb #f5b637dc
 def compare_categories(reference: Sequence[Any], live: Sequence[Any]) -> list[Measure]:
     "PSI, Jensen-Shannon distance and Pearson's chi-squared of a column of categories."
     from scipy.special import chdtrc
@@ -105,7 +105,7 @@ def compare_categories(reference: Sequence[Any], live: Sequence[Any]) -> list[Me
     value = float((n * (p - both) ** 2 / both).sum() + (m * (q - both) ** 2 / both).sum())
     return [*_divergences(p, q, n, m), Measure("chi2", value, float(free), float(chdtrc(free, value)))]
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #07fa7320
+# %% ../../nbs/monitoring/04a_windowed.ipynb #d1a8d394
 def mmd(
     reference: np.ndarray,  # vectors, float [rows, dims]
     live: np.ndarray,
@@ -132,7 +132,7 @@ def mmd(
     value, dealt = of(side), [of(rng.permutation(side)) for _ in range(deals)]
     return Measure("mmd", value, 0.0, (1 + sum(d >= value for d in dealt)) / (1 + deals))
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #abb16639
+# %% ../../nbs/monitoring/04a_windowed.ipynb #b1fc47e3
 def compare_columns(columns: Sequence[Column], values: np.ndarray) -> list[dict[str, Any]]:
     "A line for each column and measure, of rows that are numbers already, float64 [rows, columns]."
     lines = []
@@ -153,7 +153,7 @@ def compare_window(block: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[s
     encoder = Encoder(block)
     return compare_columns(encoder.columns, encoder.encode(rows))
 
-# %% ../../nbs/monitoring/04a_windowed.ipynb #ba53fed0
+# %% ../../nbs/monitoring/04a_windowed.ipynb #1b80abfd
 def holm(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     "`lines` in order of their `p`, with `p_all`: the chance that any of all lines is as unlikely as this one."
     found, least = [], 0.0
