@@ -60,7 +60,7 @@ class DriftReport:
         since = "" if self.since is None else f", since row {self.since}"
         return f"drift in {self.kind} after {self.row} rows, mostly in {self.feature}{since}"
 
-# %% ../../nbs/monitoring/04_drift.ipynb #7c5de497
+# %% ../../nbs/monitoring/04_drift.ipynb #ec44e31c
 class Observer:
     "Makes numbers of rows, watches them against the profile `block`, and keeps what a report needs."
 
@@ -86,7 +86,7 @@ class Observer:
         self.present, self.new = np.zeros(len(self.names), np.int64), dict[str, int]()
         self.clock, self.out_of_order = -math.inf, 0
 
-# %% ../../nbs/monitoring/04_drift.ipynb #899f64bb
+# %% ../../nbs/monitoring/04_drift.ipynb #13351b15
 class Taker(Observer):
     "Takes rows."
 
@@ -125,7 +125,7 @@ class Taker(Observer):
             self.out_of_order += float(at) < self.clock
             self.clock = float(at)
 
-# %% ../../nbs/monitoring/04_drift.ipynb #15d2fbe9
+# %% ../../nbs/monitoring/04_drift.ipynb #f57e699a
 STATE_SCHEMA = "llmkit.drift/1"
 
 
@@ -162,7 +162,7 @@ class Gauged(Taker):
         "The drift score: with 95 % confidence at least this share of the traffic has moved."
         return self.distance.low
 
-# %% ../../nbs/monitoring/04_drift.ipynb #31efe445
+# %% ../../nbs/monitoring/04_drift.ipynb #e7c3e36d
 class Kept(Gauged):
     "A state that can be kept."
 
@@ -184,7 +184,7 @@ class Kept(Gauged):
         self.clock = -math.inf if state["clock"] is None else state["clock"]
         return self
 
-# %% ../../nbs/monitoring/04_drift.ipynb #aa60677f
+# %% ../../nbs/monitoring/04_drift.ipynb #ec6a98d0
 class Explained(Kept):
     "What a report says of columns and texts."
 
@@ -221,7 +221,7 @@ class Explained(Kept):
         far = sorted(kept, key=lambda nt: -abs(float(np.nan_to_num(values[nt[0] - oldest - 1], nan=usual)) - usual))
         return {"reference": list(self.encoder.block.get("examples", []))[:3], "live": [text for _, text in far[:3]]}
 
-# %% ../../nbs/monitoring/04_drift.ipynb #d3ae2be2
+# %% ../../nbs/monitoring/04_drift.ipynb #0056eb39
 class Reporter(Explained):
     "Reports."
 
