@@ -6,13 +6,14 @@
 __all__ = ['Type', 'KNOWN', 'AXES', 'is_missing', 'type_of', 'numeric_block', 'categorical_block', 'axes', 'along', 'pack',
            'unpack', 'embedding_blocks', 'text_blocks', 'column_blocks', 'watched_columns', 'as_number', 'expand_row']
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #b8c3af25
+# %% ../../nbs/monitoring/03e_columns.ipynb #077929a3
 import base64
 import math
 import numbers
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..core.errors import DataError
 from .describe import describe_text, embed
 from .edetector import Column
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #0a3bbcf4
+# %% ../../nbs/monitoring/03e_columns.ipynb #e87ea585
 Type = Literal["numeric", "categorical", "text", "embedding"]
 
 
@@ -29,7 +30,7 @@ def is_missing(value: Any) -> bool:
     "Whether there is no value: None, nan, infinite."
     return value is None or (isinstance(value, numbers.Real) and not math.isfinite(value))
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #2e7abd70
+# %% ../../nbs/monitoring/03e_columns.ipynb #7f2f4885
 def type_of(values: Sequence[Any]) -> Type:
     "The type of a column, by its values."
     here = [v for v in values if not is_missing(v)]
@@ -41,13 +42,13 @@ def type_of(values: Sequence[Any]) -> Type:
     few = len(set(words)) <= max(20, len(words) // 20)
     return "categorical" if few and max(map(len, words)) <= 40 else "text"
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #5c82dbb7
+# %% ../../nbs/monitoring/03e_columns.ipynb #abfee0bb
 def numeric_block(values: Sequence[Any]) -> dict[str, Any]:
     "A column of numbers; missing ones are counted."
     here = sorted(float(v) for v in values if not is_missing(v))
     return {"type": "numeric", "values": here, "missing": len(values) - len(here)}
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #dec86457
+# %% ../../nbs/monitoring/03e_columns.ipynb #7bb96f64
 KNOWN = 50  # categories a column, at most; the others count as unknown
 
 
@@ -61,28 +62,30 @@ def categorical_block(values: Sequence[Any]) -> dict[str, Any]:
     block = {"type": "categorical", "known": known, "counts": [unknown, *(counted[name] for name in known)]}
     return block | {"missing": len(values) - len(here)}
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #4bc4f201
+# %% ../../nbs/monitoring/03e_columns.ipynb #a0d1cb1f
 AXES = 4
 
 
+@cache
 def axes(dims: int) -> np.ndarray:
     "The fixed random directions, float [AXES, dims]."
     found = np.random.default_rng(0).normal(size=(AXES, dims))
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #9aad6c4e
+# %% ../../nbs/monitoring/03e_columns.ipynb #0174c0ab
 def along(vectors: np.ndarray, centers: np.ndarray) -> dict[str, np.ndarray]:
     "The numbers that stand for `vectors`: cosine distance to `centers` (one or one each), and places along the axes."
     size = np.linalg.norm(vectors, axis=1) * np.linalg.norm(centers, axis=-1)
     found = {"distance": 1 - (vectors * centers).sum(1) / np.maximum(size, 1e-12)}
     return found | {f"axis{i}": x for i, x in enumerate(axes(vectors.shape[1]) @ vectors.T)}
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #f3f4e4b9
+# %% ../../nbs/monitoring/03e_columns.ipynb #3dd4528b
 def pack(array: np.ndarray) -> str:
     "An array as text."
     return base64.b85encode(zlib.compress(array.astype(np.float16).tobytes(), 9)).decode("ascii")
 
 
+@cache
 def unpack(text: str) -> np.ndarray:
     "The array that `pack` wrote; `DataError` if it is damaged."
     try:
@@ -90,7 +93,7 @@ def unpack(text: str) -> np.ndarray:
     except (ValueError, zlib.error) as e:
         raise DataError(f"the profile's embedding is damaged: {e}", "make the profile again") from e
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #2a2bb3c8
+# %% ../../nbs/monitoring/03e_columns.ipynb #b75edf55
 def embedding_blocks(vectors: Sequence[Any], name: str) -> dict[str, dict[str, Any]]:
     "A column of embeddings: its mean, and the columns of numbers that stand for it."
     here = np.array([np.asarray(v, float) for v in vectors if not is_missing(v)])
@@ -99,7 +102,7 @@ def embedding_blocks(vectors: Sequence[Any], name: str) -> dict[str, dict[str, A
     made = {f"{name}.{k}": numeric_block([round(float(x), 6) for x in v]) for k, v in found.items()}
     return {name: {"type": "embedding", "center": pack(total / n), "dims": here.shape[1], "of": list(made)}} | made
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #f77eda24
+# %% ../../nbs/monitoring/03e_columns.ipynb #75073196
 def text_blocks(texts: Sequence[Any], name: str) -> dict[str, dict[str, Any]]:
     "A column of texts: what `describe_text` and `embed` say of them, as columns of their own."
     here = [t if isinstance(t, str) else None for t in texts]
@@ -111,7 +114,7 @@ def text_blocks(texts: Sequence[Any], name: str) -> dict[str, dict[str, Any]]:
     made |= embedding_blocks([embed(t) for t in here if t is not None], f"{name}.embedding")
     return {name: {"type": "text", "of": list(made)}} | made
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #f463972a
+# %% ../../nbs/monitoring/03e_columns.ipynb #1e859b6c
 def column_blocks(name: str, values: Sequence[Any], kind: Type | None = None) -> dict[str, dict[str, Any]]:
     "The blocks of one column of a table, `kind` being its type, if that is known."
     kind = kind or type_of(values)
@@ -121,7 +124,7 @@ def column_blocks(name: str, values: Sequence[Any], kind: Type | None = None) ->
         return (text_blocks if kind == "text" else embedding_blocks)(values, name)
     return {name: (numeric_block if kind == "numeric" else categorical_block)(values)}
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #b9a45c05
+# %% ../../nbs/monitoring/03e_columns.ipynb #35d510e0
 def watched_columns(blocks: Mapping[str, Mapping[str, Any]]) -> list[Column]:
     "The columns that can be watched: all of numbers and categories that have a reference value."
     found = []
@@ -133,7 +136,7 @@ def watched_columns(blocks: Mapping[str, Mapping[str, Any]]) -> list[Column]:
             found.append(Column(name, codes.astype(float), len(block["counts"])))
     return found
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #7f64b76b
+# %% ../../nbs/monitoring/03e_columns.ipynb #f73a408e
 def as_number(block: Mapping[str, Any], value: Any) -> float:
     "A value of a column as its number; nan if it is missing, or is none where a number belongs."
     if is_missing(value):
@@ -143,7 +146,7 @@ def as_number(block: Mapping[str, Any], value: Any) -> float:
         return float(known.index(str(value)) + 1) if str(value) in known else 0.0
     return float(value) if isinstance(value, numbers.Real) else math.nan
 
-# %% ../../nbs/monitoring/03e_columns.ipynb #4845b694
+# %% ../../nbs/monitoring/03e_columns.ipynb #3926efe3
 def expand_row(blocks: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) -> dict[str, Any]:
     "The row, and what stands for its texts and embeddings."
     found = dict(row)
