@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+from .evidence import ratio_evidence
 from .experiment import Experiment
-from .judge import ratio_evidence
 from ..serving.router import pick
 
 # %% ../../nbs/deployment/05a_assignment.ipynb #56eeb647

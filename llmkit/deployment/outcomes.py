@@ -161,7 +161,7 @@ def outcomes(
     last = start + exp.days * 86400 if exp.rule == "group-sequential" else math.inf
     ready = {u: due(exp, t, start) for u, t in seen.first.items() if t < last}
     clean = [u for u, look in ready.items() if look < looks and len(seen.arms[u]) == 1]
-    places = [(ready[u], *seen.arms[u]) for u in clean]
+    places = [(ready[u], next(iter(seen.arms[u]))) for u in clean]
     counts, at = spread(places, looks)
     lay = lambda values: laid_out(values, places, counts, at)  # noqa: E731
     found = {m.name: [unit_value(m, seen.rows[u]) for u in clean] for m in exp.everything}

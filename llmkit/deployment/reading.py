@@ -156,10 +156,7 @@ def reading(exp: Experiment, c: Course, upto: int, last: bool, state: str, with_
     reach, relative = interval(exp, c, upto, level(exp, c.metric), last), float(e.relative[i])
     half, half_relative = reach * float(e.se[i]), reach * float(e.relative_se[i])
     middle, units = float(e.estimate[i]), int(c.control.n[i] + c.treatment.n[i])
-    absolute = (middle, middle - half, middle + half)
     p = p_value(exp, c, upto, last) if with_p else math.nan
-    values = (float(e.control[i]), float(e.treatment[i]), *absolute)
-    return Reading(
-        *(c.metric.name, role, state, int(c.looks[i]) + 1, units),
-        *(*values, relative, relative - half_relative, relative + half_relative, p, c.metric.unit),
-    )
+    values = (float(e.control[i]), float(e.treatment[i]), middle, middle - half, middle + half)
+    change = (relative, relative - half_relative, relative + half_relative)
+    return Reading(c.metric.name, role, state, int(c.looks[i]) + 1, units, *values, *change, p, c.metric.unit)

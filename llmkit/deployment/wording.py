@@ -78,7 +78,8 @@ def table(exp: Experiment, report: Report) -> list[dict[str, Any]]:
     lines = []
     for r in report.readings:
         m = next(m for m in exp.everything if m.name == r.metric)
-        line = {"metric": r.metric, "role": r.role, "control": say(r.control, m), "treatment": say(r.treatment, m)}
+        line: dict[str, Any] = {"metric": r.metric, "role": r.role}
+        line |= {"control": say(r.control, m), "treatment": say(r.treatment, m)}
         line |= {"effect": say(r.effect, m, True), "interval": f"{say(r.low, m, True)} to {say(r.high, m, True)}"}
         line |= {"relative": f"{r.relative:+.1%}", "p": f"{r.p:.2g}", "units": r.units, "state": r.state}
         lines.append(line)
