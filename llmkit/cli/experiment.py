@@ -87,7 +87,7 @@ def plan(file: File, log: Log = "", as_json: AsJson = False) -> None:
     shown(lines)
     typer.echo(plan_words(exp, lines))
 
-# %% ../../nbs/cli/12_experiment.ipynb #17c5b3ed
+# %% ../../nbs/cli/12_experiment.ipynb #a32dafce
 def backend_of(url: str, key: str, alias: str) -> tuple[Any, Any]:
     "The administrator's client of a server, and the alias' traffic as a back end."
     from llmkit.deployment.backend import RouterBackend
@@ -98,7 +98,7 @@ def backend_of(url: str, key: str, alias: str) -> tuple[Any, Any]:
     admin = AdminClient(url, key)
     return admin, RouterBackend(admin, alias)
 
-
+# %% ../../nbs/cli/12_experiment.ipynb #de98ad5d
 Where = "http://127.0.0.1:8000"
 
 
@@ -144,6 +144,8 @@ def status(file: File, url: Url = "", admin_key: Key = "", as_json: AsJson = Fal
         admin, backend = backend_of(url, admin_key, exp.alias)
         with admin:
             wrong = check_traffic(exp, record, backend)
+    if record.state == "starting":
+        wrong = f"interrupted while it started; end it with: llmkit experiment stop {file}"
     days = ((record.stopped or time.time()) - record.started) / 86400
     if as_json:
         found = {"name": exp.name, "state": record.state, "days": days, "planned": exp.days, "wrong": wrong}
