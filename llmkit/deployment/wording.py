@@ -15,7 +15,7 @@ import numpy as np
 from .effect import difference, sums
 from .experiment import Experiment, Metric
 from .outcomes import Outcomes
-from .reading import Reading
+from .reading import Reading, enough
 from .samplesize import level
 from .verdict import Report
 
@@ -45,7 +45,8 @@ def sentence(exp: Experiment, r: Reading) -> str:
     "What one metric says, in a sentence."
     m = next(m for m in exp.everything if m.name == r.metric)
     if not r.look:
-        return f"{r.metric.capitalize()} cannot be read yet: fewer than 30 units an arm have a value."
+        few = f"fewer than {enough(exp.share)} units an arm have a value"
+        return f"{r.metric.capitalize()} cannot be read yet: {few}."
     sure = f"{1 - level(exp, m):.3g}".removeprefix("0.").ljust(2, "0")
     sure = f"{sure[:2]}.{sure[2:]}".rstrip(".") + " %"
     values = f"{say(r.control, m)} with control, {say(r.treatment, m)} with treatment"
