@@ -107,7 +107,7 @@ def level_of(kind: str) -> float:
 
 @dataclass
 class Runs:
-    "Simulated experiments of one kind: effects by [run, look], whether a look can be read, exact evidence if there is any."
+    "Simulated experiments of one kind by [run, look]: effects, whether a look can be read, exact evidence or None."
 
     effect: Effect
     readable: np.ndarray

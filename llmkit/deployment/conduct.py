@@ -100,7 +100,7 @@ def _undo(record: Record, backend: Backend, cause: BaseException) -> None:
     try:
         move_traffic(backend, record.before)
         record.file.unlink()
-    except BaseException as e:  # the first error is the one to report; this one is added to it
+    except BaseException as e:  # noqa: BLE001 - the first error is the one to report; this one is added to it
         cause.add_note(f"and the traffic could NOT be given back to {record.before}: {e}; see {record.file.name}")
 
 # %% ../../nbs/deployment/05k_conduct.ipynb #43fe78d1
