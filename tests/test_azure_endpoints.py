@@ -4,7 +4,11 @@ is a running `llmkit serve`, started by the script of azure/environments/serve."
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +29,10 @@ from llmkit.azureml.endpoint import EndpointBackend
 from llmkit.azureml.workspace import connect
 from llmkit.cli.azure import app
 from llmkit.core.errors import LLMKitError
+from llmkit.deployment.controller import begin_rollout
 from llmkit.deployment.plan import Plan, Stage
-from llmkit.deployment.rollout import run_rollout
+from llmkit.deployment.rollout import label_plan, run_rollout
+from llmkit.deployment.state import RolloutState
 from llmkit.deployment.traffic import LabelLoop, drive
 from llmkit.serving.process import ServerProcess
 
@@ -198,7 +204,8 @@ def test_keys_are_made_new_one_at_a_time(backend: EndpointBackend, azure: Azure)
 
 # A rollout: the judge of llmkit.deployment over the endpoint's weights.
 
-PLAN = Plan(stages=[Stage(weight=0.5, max_requests=800)], baseline=40, quantile=0.3)
+RULES: dict[str, Any] = {"baseline": 40, "quantile": 0.3, "alpha": 0.05, "margin": 3.0, "extensions": 0}
+PLAN = Plan(stages=[Stage(weight=0.5, max_requests=800)], **RULES)
 
 
 @pytest.fixture
@@ -214,6 +221,47 @@ def labelled(backend: EndpointBackend) -> Iterator[LabelLoop]:
 def test_a_rollout_promotes_a_healthy_green(backend: EndpointBackend, labelled: LabelLoop) -> None:
     result = run_rollout(backend, PLAN, "green", "blue", labelled)
     assert (result.verdict, backend.traffic()) == ("promote", {"green": 1.0}), result
+
+
+CONTROLLER = """
+import sys, numpy
+from llmkit.azureml.endpoint import EndpointBackend
+from llmkit.azureml.workspace import connect
+from llmkit.deployment.controller import Controller, controlled
+from llmkit.deployment.journal import Book
+from llmkit.deployment.signals import LabelSignals
+from llmkit.deployment.traffic import LabelLoop
+book, backend = Book(sys.argv[1]), EndpointBackend(connect(), "llmkit", patience=60.0, every=0.05)
+loop = LabelLoop(backend.address(), numpy.load(sys.argv[2]), api_key=backend.keys()[0], post=False)
+with controlled(book):
+    print(Controller(book, backend, LabelSignals(loop), timeout=60.0).run().outcome)
+"""
+
+
+def test_a_rollout_outlives_its_controller(backend: EndpointBackend, labelled: LabelLoop, tmp_path: Path) -> None:
+    """kill -9 in the first stage; the next process goes on with the evidence that there is."""
+    plan = label_plan(Plan(stages=[Stage(weight=0.2, max_requests=8000), Stage(weight=0.5, max_requests=800)], **RULES))
+    state = RolloutState(alias="llmkit", canary="green", stable="blue", plan=plan.to_dict())
+    book = begin_rollout(state, tmp_path, who="ada", why="a new model")
+    np.save(tmp_path / "windows.npy", labelled.windows)
+    line = [sys.executable, "-c", CONTROLLER, str(book.folder), str(tmp_path / "windows.npy")]
+    env = {
+        k: v for k, v in os.environ.items() if k != "AZUREML_CURRENT_CLOUD"
+    }  # a new process has not met the plane yet
+    first = subprocess.Popen(line, env=env)
+    end = time.monotonic() + 60
+    while not book.entries("look"):
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert backend.traffic() == {"blue": 0.8, "green": 0.2}
+    looks = len(book.entries("look"))
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "promoted\n", done.stderr
+    assert backend.traffic() == {"green": 1.0}
+    seen = [e.data["traffic"]["weights"].get("green", 0.0) for e in book.entries("settled")]
+    assert seen == [0.2, 0.5, 1.0] and len(book.entries("look")) > looks
 
 
 def test_a_rollout_takes_a_broken_green_back(

@@ -17,8 +17,7 @@ import numpy as np
 
 from ..core.config import nearest
 from ..core.errors import ConfigError
-from .compat import Judge as Judge
-from .evidence import FINE, WORSE, ratio_evidence, steps, total
+from .evidence import WORSE, fine, ratio_evidence, stakes, steps, total
 from .gates import Gate as Gate
 from .windows import Label as Label
 from .windows import Sessions as Sessions
@@ -43,8 +42,8 @@ class GateState:
     required: bool
     patience: int
     min_requests: int
-    harm: tuple[float, ...] = (0.0,) * len(WORSE)  # log of the bets that the canary is worse
-    safe: tuple[float, ...] = (0.0,) * len(FINE)  # log of the bets that it is not `margin` times as bad
+    harm: tuple[float, ...]  # log of the bets that the canary is worse
+    safe: tuple[float, ...]  # log of the bets that it is not `margin` times as bad
     counts: Window = EMPTY
     harmed: bool = False
     passed: bool = False
@@ -61,6 +60,7 @@ class JudgeState:
     gates: tuple[GateState, ...]
     looks: int = 0
     extensions: int = 0  # how often the stage may still be extended
+    waits: bool = False  # promotion waits for the end of the stage, rollback does not
 
     def to_dict(self) -> dict[str, Any]:
         "As JSON-able values; `from_dict` gives back an equal state."
@@ -86,6 +86,8 @@ class StageLike(Protocol):
     def weight(self) -> float: ...
     @property
     def alpha_weight(self) -> float: ...
+    @property
+    def duration(self) -> str: ...
 
 
 class PlanLike(Protocol):
@@ -105,6 +107,8 @@ class PlanLike(Protocol):
     def margin(self) -> float: ...
     @property
     def extensions(self) -> int: ...
+    @property
+    def early(self) -> bool: ...
 
 # %% ../../nbs/deployment/02_judge.ipynb #4857d644
 def start(plan: PlanLike, stage: int) -> JudgeState:
@@ -125,10 +129,13 @@ def start(plan: PlanLike, stage: int) -> JudgeState:
             required=g.required,
             patience=g.patience,
             min_requests=g.min_requests if g.kind == "threshold" else 1,
+            harm=stakes(WORSE),
+            safe=stakes(fine(g.margin or plan.margin)),
         )
         for g in gates
     )
-    return JudgeState(stage, weight, plan.ratio_alpha * part, states, extensions=plan.extensions)
+    waits = bool(plan.stages[stage].duration) and not plan.early
+    return JudgeState(stage, weight, plan.ratio_alpha * part, states, extensions=plan.extensions, waits=waits)
 
 # %% ../../nbs/deployment/02_judge.ipynb #cf1e5368
 def look(state: JudgeState, windows: Mapping[str, Window]) -> JudgeState:
@@ -150,7 +157,7 @@ def add(gate: GateState, w: Window) -> GateState:
     counts = gate.counts + w
     enough = counts.canary >= gate.min_requests
     harm = np.asarray(gate.harm) + steps(mine, others, share, WORSE)
-    safe = np.asarray(gate.safe) + steps(mine, others, share, FINE, gate.margin)
+    safe = np.asarray(gate.safe) + steps(mine, others, share, fine(gate.margin), gate.margin)
     return replace(
         gate,
         counts=counts,
@@ -188,7 +195,7 @@ def compare(g: GateState) -> str:
         f"{g.name}: {c.canary_bad:,} of {c.canary:,} canary requests were bad ({c.canary_bad / max(c.canary, 1):.2%})"
     )
     if g.kind == "threshold":
-        return f"{mine}, {g.level:.3g} is allowed"
+        return f"{mine}, {g.level:.3g} of them may be"
     return f"{mine}, {c.stable_bad:,} of {c.stable:,} stable ones ({c.stable_bad / max(c.stable, 1):.2%})"
 
 # %% ../../nbs/deployment/02_judge.ipynb #ff7d1e48
@@ -199,7 +206,7 @@ def decide(
     "The verdict on what was seen so far."
     if not state.gates:
         return Decision("promote", "all traffic is the canary's: there is nothing left to compare it with")
-    return broken_split(state) or harmed(state) or missing(state) or passed(state) or waiting(state, over)
+    return broken_split(state) or harmed(state) or missing(state) or passed(state, over) or waiting(state, over)
 
 
 def broken_split(state: JudgeState) -> Decision | None:
@@ -211,7 +218,7 @@ def broken_split(state: JudgeState) -> Decision | None:
     if evidence < -math.log10(state.ratio_alpha):
         return None
     reason = f"the canary got {mine:,} of {mine + others:,} requests ({mine / (mine + others):.1%})"
-    reason += f" where {state.weight:.1%} were planned: the router or the log is wrong, so no verdict is"
+    reason += f" where {state.weight:.1%} were planned: the router or the log is wrong"
     return Decision("inconclusive", reason, state.gates[0].name, evidence, "hold")
 
 
@@ -237,7 +244,7 @@ def missing(state: JudgeState) -> Decision | None:
     return Decision("inconclusive", reason, silent.name, 0.0, "hold")
 
 
-def passed(state: JudgeState) -> Decision | None:
+def passed(state: JudgeState, over: bool) -> Decision | None:
     "Whether every required gate has shown that the canary is not too bad, and every gate has seen it at all."
     required = [g for g in state.gates if g.required]
     seen = all(g.counts.canary and (g.counts.stable or g.kind == "threshold") for g in state.gates)
@@ -246,6 +253,8 @@ def passed(state: JudgeState) -> Decision | None:
     last = min(required, key=lambda g: float(total(g.safe)))
     reason = f"{compare(last)}; not {last.margin:g} times as bad"
     reason += f", nor by {', '.join(g.name for g in required if g is not last)}" if len(required) > 1 else ""
+    if state.waits and not over:
+        return Decision("continue", f"{reason}; the stage is watched to its end", last.name, float(total(last.safe)))
     return Decision("promote", reason, last.name, float(total(last.safe)))
 
 
@@ -268,7 +277,7 @@ def extend(state: JudgeState) -> JudgeState:
         raise ConfigError(
             f"stage {state.stage + 1} was extended as often as the plan allows", "hold, or plan more of it"
         )
-    return replace(state, extensions=state.extensions - 1)
+    return replace(state, extensions=state.extensions - 1, waits=False)
 
 
 def readings(state: JudgeState) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Lt
 from ..core.config import Config
 from ..core.errors import MissingError
 from ..core.run import Check
+from .gates import Gate
 from .plan import Plan, Stage
 from .rollout import RolloutResult
 
@@ -65,8 +66,9 @@ class RolloutJob(Config):
 def job_plan(cfg: RolloutJob) -> Plan:
     "The plan of the job: one canary stage."
     rules = {k: getattr(cfg, k) for k in ("alpha", "promote_alpha", "margin", "quantile")}
+    gates = [Gate(name="quality", bad=f"accuracy < p{cfg.quantile * 100:g}")]
     stages = [Stage(weight=cfg.weight, max_requests=cfg.max_requests)]
-    return Plan(stages=stages, baseline=cfg.windows, **rules)
+    return Plan(stages=stages, gates=gates, baseline=cfg.windows, extensions=0, **rules)
 
 # %% ../../nbs/deployment/04g_release.ipynb #fbe414c9
 @dataclass

@@ -27,7 +27,7 @@ __all__ = ['VERDICTS', 'move_champion', 'RegistryChampion', 'RolloutResult', 'wo
            'run_rollout', 'give_back', 'plot_evidence', 'plot_traffic', 'Backend', 'RouterBackend', 'Traffic',
            'equal_traffic', 'move_traffic']
 
-# %% ../../nbs/deployment/04f_rollout.ipynb #f436c116
+# %% ../../nbs/deployment/04f_rollout.ipynb #00ee65d4
 _all_ = ["Backend", "RouterBackend", "Traffic", "equal_traffic", "move_traffic"]
 
 # %% ../../nbs/deployment/04f_rollout.ipynb #18db71ff
@@ -41,7 +41,7 @@ def move_champion(name: str, version: int, tracking: str, alias: str = "champion
         at = found.version if found else None
         raise ServiceError(f"alias {alias!r} of {name!r} is at {at}, not at {version}", "move it again")
 
-# %% ../../nbs/deployment/04f_rollout.ipynb #0650f7dd
+# %% ../../nbs/deployment/04f_rollout.ipynb #fcbbf007
 @dataclass
 class RegistryChampion:
     "The registry's alias, at `version` after a promotion and at `before` after a way back."
@@ -86,7 +86,7 @@ class RolloutResult:
     def __str__(self) -> str:
         return f"{self.canary}: {self.verdict} after {self.requests} requests, {self.seconds:.1f} s ({self.reason})"
 
-# %% ../../nbs/deployment/04f_rollout.ipynb #e86e223c
+# %% ../../nbs/deployment/04f_rollout.ipynb #ff430b78
 def worst(gates: list[dict[str, Any]]) -> dict[str, float]:
     "Of all gates the one that is nearest to an alarm, and the one that is furthest from a pass."
     harm = max(gates, key=lambda g: g["harm"] - g["harm_asked"])
@@ -94,7 +94,7 @@ def worst(gates: list[dict[str, Any]]) -> dict[str, float]:
     asked = {"harm_asked": harm["harm_asked"], "safe_asked": safe["safe_asked"]}
     return {"harm": harm["harm"], "safe": safe["safe"]} | asked
 
-# %% ../../nbs/deployment/04f_rollout.ipynb #8bf1799b
+# %% ../../nbs/deployment/04f_rollout.ipynb #5dffd42a
 VERDICTS = {"promoted": "promote", "passed": "promote", "rolled_back": "rollback", "held": "inconclusive"}
 
 
@@ -117,7 +117,7 @@ def read_rollout(book: Book) -> RolloutResult:
             result.traffic.append(at | {"share": e.data["traffic"]["weights"].get(state.canary, 0.0)})
     return result
 
-# %% ../../nbs/deployment/04f_rollout.ipynb #cf646461
+# %% ../../nbs/deployment/04f_rollout.ipynb #d6c5b299
 @dataclass
 class Promoting:
     "A function as the champion of a controller."
@@ -132,12 +132,16 @@ class Promoting:
     def back(self) -> None:
         "There is nothing to undo: the function did not come to its end."
 
-# %% ../../nbs/deployment/04f_rollout.ipynb #bd2502d2
+# %% ../../nbs/deployment/04f_rollout.ipynb #d998e252
 def label_plan(plan: Plan, threshold: float | None = None, label: str = "accuracy") -> Plan:
-    "`plan` with one gate on the label of our own traffic, unless it has gates on labels: below a quantile is bad."
-    line = f"p{plan.quantile * 100:g}" if threshold is None or math.isnan(threshold) else f"{threshold!r}"
+    "`plan` with one gate on the label of our own traffic, unless it has gates on labels; a known line is not measured."
+    known = threshold is not None and not math.isnan(threshold)
     gates = [g for g in plan.gates if g.predicate.name == label]
-    return replace(plan, gates=gates or [Gate(name="quality", bad=f"{label} < {line}")])
+    gates = gates or [Gate(name="quality", bad=f"{label} < p{plan.quantile * 100:g}")]
+    if known:
+        open_ = [not math.isnan(g.predicate.quantile) for g in gates]
+        gates = [replace(g, bad=f"{label} < {threshold!r}") if o else g for g, o in zip(gates, open_, strict=True)]
+    return replace(plan, gates=gates)
 
 # %% ../../nbs/deployment/04f_rollout.ipynb #db6cac5d
 def run_rollout(

@@ -40,10 +40,10 @@ class Window:
 
     def __add__(self, other: Self) -> "Window":
         a, b = self.new, other.new
-        sums = (getattr(self, n) + getattr(other, n) for n in ("canary", "stable", "canary_bad", "stable_bad"))
-        return Window(*sums, (a[0] + b[0], a[1] + b[1]))
+        bad = self.canary_bad + other.canary_bad, self.stable_bad + other.stable_bad
+        return Window(self.canary + other.canary, self.stable + other.stable, *bad, (a[0] + b[0], a[1] + b[1]))
 
-
+# %% ../../nbs/deployment/02c_windows.ipynb #0983aaf4
 @dataclass(slots=True)
 class Label:
     "The verdict on one request: which revision answered, in which session, and was it bad?"
@@ -52,7 +52,7 @@ class Label:
     bad: bool
     session: str = ""  # empty: a session of its own
 
-
+# %% ../../nbs/deployment/02c_windows.ipynb #a4e9a73b
 @dataclass(slots=True)
 class Sessions:
     "What is known of the sessions of a stage: those that were met, and those that had their bad event."
@@ -87,7 +87,7 @@ def tally(labels: Iterable[Label], canary: str, stable: str, seen: Sessions | se
         if s:
             known.met.add(s)
             known.failed.update({s} if label.bad else ())
-    return Window(*counts, *bad, (new[0], new[1]))
+    return Window(counts[0], counts[1], bad[0], bad[1], (new[0], new[1]))
 
 # %% ../../nbs/deployment/02c_windows.ipynb #ee295d4d
 def count(
