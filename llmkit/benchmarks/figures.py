@@ -66,7 +66,7 @@ PARTS = {
     "judge": "llmkit.benchmarks.canaries:judge_canaries",
     "rules": "llmkit.benchmarks.rules:compare_rules",
     "kills": "llmkit.benchmarks.rollout_kills:killed_controllers",
-    # A/A experiments (28_*) have their place here: a function of the settings that gives a `Part`.
+    "experiments": "llmkit.benchmarks.peeking:peeked_experiments",
 }
 
 

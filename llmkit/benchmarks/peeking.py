@@ -6,7 +6,7 @@
 __all__ = ['ALPHA', 'WEEK', 'Draw', 'CAPPED', 'KINDS', 'LEVELS', 'GROUPS', 'COUNTED', 'Traffic', 'draw_rate', 'draw_latency',
            'draw_ratio', 'draw_past', 'draw_capped', 'level_of', 'Runs', 'simulate', 'batches', 'radii', 'drift_for',
            'futile_from', 'count', 'simulated', 'wilson', 'null_lines', 'planned_gain', 'power_lines', 'uneven_lines',
-           'made', 'whole', 'bench_experiment', 'experiment_checks']
+           'made', 'whole', 'bench_experiment', 'experiment_checks', 'experiment_figures', 'peeked_experiments']
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #1c526558
 import math
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .figures import Figure, Part, RolloutBench
 from ..core.run import Check
 from ..deployment.anytime import anytime_radius, rate_evidence
 from ..deployment.cuped import adjusted
@@ -296,3 +297,26 @@ def experiment_checks(found: dict[str, Any]) -> list[Check]:
         checks.append(Check(f"A/A judged, {n['rule']}: rejected, upper bound", n["high"], "<=", ALPHA))
         checks.append(Check(f"A/A judged, {n['rule']}: stopped for harm", n["harmed"], "<=", 0.01))
     return checks
+
+# %% ../../nbs/benchmarks/28_peeking.ipynb #f73a67d1
+def experiment_figures(found: dict[str, Any]) -> list[Figure]:
+    "Experiments without an effect that were rejected, as run, by the boundary alone, and judged whole; what was found."
+    figures = []
+    for n in found["null"]:
+        name, total = f"A/A {n['metric']}, {n['rule']}", n["runs"]
+        if n["rule"] != "peeked t-test":
+            figures.append(Figure.share(f"{name}: rejected", round(n["as run"] * total), total, found["alpha"]))
+        alone = "by the boundary alone" if n["rule"] != "peeked t-test" else "by peeking"
+        figures.append(Figure.share(f"{name}: rejected {alone}", round(n["rejected"] * total), total))
+    for n in found["power"]:
+        figures.append(Figure.share(f"{n['metric']}, {n['rule']}: found", round(n["found"] * n["runs"]), n["runs"]))
+    for n in found["whole"]:
+        wrong = round(n["rejected"] * n["runs"])
+        figures.append(Figure.share(f"A/A judged whole, {n['rule']}: rejected", wrong, n["runs"], found["alpha"]))
+    return figures
+
+
+def peeked_experiments(cfg: RolloutBench) -> Part:
+    "The part of the benchmark: experiments that are looked at every day."
+    found = bench_experiment(cfg.runs, cfg.seed)
+    return Part(experiment_figures(found), {"uneven": found["uneven"]})

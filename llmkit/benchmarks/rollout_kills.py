@@ -259,9 +259,9 @@ def killed_controllers(cfg: RolloutBench) -> Part:
     note = f"{f['kills']} times SIGKILL, {f['kinds']} kinds of moments"
     whole = "rollouts resumed or rolled back, with all evidence counted once"
     figures = [
-        Figure.share(whole, f["survived"], f["rollouts"], 1.0, False, note),
-        Figure.share("looks at a split that was not 100 %", f["wrong"], f["looks"], 0.0),
-        Figure.share("splits in force that were not 100 %", f["split_wrong"], f["splits"], 0.0),
+        Figure(whole, f["survived"] / f["rollouts"], f["rollouts"], bar=1.0, at_most=False, note=note),
+        Figure("looks at a split that was not 100 %", f["wrong"] / f["looks"], f["looks"], bar=0.0),
+        Figure("splits in force that were not 100 %", f["split_wrong"] / f["splits"], f["splits"], bar=0.0),
         Figure("looks between an alarm and the way back", f["looks_after_alarm"], f["alarms"], bar=0.0),
         Figure("seconds from an alarm to the way back, median", f["back_s_median"], f["alarms"]),
     ]
