@@ -6,7 +6,7 @@
 __all__ = ['Keep', 'used_bytes', 'too_many', 'delete', 'delete_orphans', 'write_parquet', 'read_parquet', 'rows_of', 'archive',
            'make_room']
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #d6eaf241
+# %% ../../nbs/monitoring/02b_retention.ipynb #6f32a2ca
 import json
 import os
 import sqlite3
@@ -21,7 +21,7 @@ from ..core.config import Config
 from ..core.errors import DataError, require
 from .logfile import Label, RequestRow, open_log, write_batch
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #2ec30211
+# %% ../../nbs/monitoring/02b_retention.ipynb #5bea7011
 @dataclass(kw_only=True)
 class Keep(Config):
     "How much of a request log is kept, and where the rest goes."
@@ -32,14 +32,14 @@ class Keep(Config):
     step: Annotated[int, Ge(1)] = 500  # rows deleted at a time
     file: Annotated[int, Ge(1)] = 20_000  # rows of a Parquet file
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #235acb98
+# %% ../../nbs/monitoring/02b_retention.ipynb #4516d60a
 def used_bytes(con: sqlite3.Connection) -> int:
     "Bytes of the file that hold something."
     asked = ("page_count", "freelist_count", "page_size")
     pages, free, size = (con.execute(f"PRAGMA {name}").fetchone()[0] for name in asked)
     return (pages - free) * size
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #46a46f53
+# %% ../../nbs/monitoring/02b_retention.ipynb #e1313d73
 def too_many(con: sqlite3.Connection, keep: Keep, now: float, step: int) -> list[str]:
     "Ids of up to `step` rows that have to go."
     found: list[tuple[str]] = []
@@ -50,7 +50,7 @@ def too_many(con: sqlite3.Connection, keep: Keep, now: float, step: int) -> list
         found = con.execute("SELECT id FROM requests ORDER BY rowid LIMIT ?", (step,)).fetchall()
     return [id for (id,) in found]
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #80f1fec2
+# %% ../../nbs/monitoring/02b_retention.ipynb #a5d7d929
 _ORPHANS = "SELECT request_id, name FROM labels WHERE time < ? AND request_id NOT IN (SELECT id FROM requests) LIMIT ?"
 
 
@@ -62,7 +62,7 @@ def delete(con: sqlite3.Connection, ids: list[str]) -> None:
         con.execute(f"DELETE FROM requests WHERE id IN ({marks})", ids)
     con.executescript(f"PRAGMA incremental_vacuum({max(64, len(ids))})")  # `execute` would free a single page
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #f42b1061
+# %% ../../nbs/monitoring/02b_retention.ipynb #f0eaa9f3
 def delete_orphans(con: sqlite3.Connection, keep: Keep, now: float) -> None:
     "Delete labels whose rows are unknown: too old, or in the way."
     full = keep.gb is not None and used_bytes(con) > keep.gb * 1e9
@@ -71,7 +71,7 @@ def delete_orphans(con: sqlite3.Connection, keep: Keep, now: float) -> None:
         with con:
             con.execute(f"DELETE FROM labels WHERE (request_id, name) IN ({_ORPHANS})", (now - age, 100 * keep.step))
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #efdaec34
+# %% ../../nbs/monitoring/02b_retention.ipynb #02735260
 def write_parquet(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
     "Write rows (as `read_requests` gives them) to a Parquet file; their number."
     pa, parquet = require("pyarrow", "monitor"), require("pyarrow.parquet", "monitor")
@@ -85,7 +85,7 @@ def write_parquet(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
     os.replace(part, path)
     return len(found)
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #abdba296
+# %% ../../nbs/monitoring/02b_retention.ipynb #a34b069d
 def read_parquet(path: str | Path) -> list[dict[str, Any]]:
     "The rows of a Parquet file, or of all in a folder, as `read_requests` gives them."
     parquet, path = require("pyarrow.parquet", "monitor"), Path(path)
@@ -96,7 +96,7 @@ def read_parquet(path: str | Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} cannot be read as Parquet: {e}", "name a file that `write_parquet` made") from e
     return [r | {"labels": json.loads(r["labels"])} for r in rows]
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #818cd385
+# %% ../../nbs/monitoring/02b_retention.ipynb #af5a3797
 def rows_of(con: sqlite3.Connection, ids: list[str]) -> list[dict[str, Any]]:
     "Rows by their ids, as `read_requests` gives them."
     marks, names = ", ".join("?" * len(ids)), [f.name for f in fields(RequestRow)]
@@ -108,7 +108,7 @@ def rows_of(con: sqlite3.Connection, ids: list[str]) -> list[dict[str, Any]]:
     rows = [dict(zip(names, r, strict=True)) for r in found]
     return [r | {"labels": labels.get(r["id"], {})} for r in rows]
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #25312c34
+# %% ../../nbs/monitoring/02b_retention.ipynb #99fabff4
 def archive(con: sqlite3.Connection, folder: str | Path, ids: list[str]) -> Path:
     "Write rows that have to go to a Parquet file in `folder`; its path."
     marks = ", ".join("?" * len(ids))
@@ -117,9 +117,9 @@ def archive(con: sqlite3.Connection, folder: str | Path, ids: list[str]) -> Path
     write_parquet(rows_of(con, ids), path)
     return path
 
-# %% ../../nbs/monitoring/02b_retention.ipynb #9435a2b4
+# %% ../../nbs/monitoring/02b_retention.ipynb #0abb3bc1
 def make_room(con: sqlite3.Connection, keep: Keep, now: float, whole: bool = True) -> int:
-    "Let go of one step of rows that have to; their number. Unless `whole`, also of unknown labels, and half a file's rows."
+    "Let go of a step of rows that have to; their number. Unless `whole`, of unknown labels and of half a file, too."
     step = keep.file if keep.archive else keep.step
     ids = too_many(con, keep, now, step)
     if not whole:
