@@ -6,7 +6,7 @@
 __all__ = ['UNITS', 'FURTHER', 'OURS', 'seconds', 'When', 'Gates', 'Policy', 'PreferJob', 'training_values', 'load_policy',
            'Facts', 'Decision', 'reasons', 'objections', 'decide', 'marked', 'accuracy_of']
 
-# %% ../../nbs/deployment/06b_policy.ipynb #2e3d3b48
+# %% ../../nbs/deployment/06b_policy.ipynb #64eb977d
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from .feedback import Take
 from ..evaluation.gate import load_gate, read_plain
 from ..training.job import TrainJob
 
-# %% ../../nbs/deployment/06b_policy.ipynb #5583bd16
+# %% ../../nbs/deployment/06b_policy.ipynb #3107cae8
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -32,15 +32,13 @@ def seconds(text: str) -> float:
     except (KeyError, ValueError) as e:
         raise ConfigError(f"{text!r} is no duration", "write 90s, 15m, 6h, 1d or 2w") from e
 
-# %% ../../nbs/deployment/06b_policy.ipynb #09ee5ee9
+# %% ../../nbs/deployment/06b_policy.ipynb #6813754d
 @dataclass(kw_only=True)
 class When(Config):
     "What asks for a training, and what forbids it all the same."
 
     drift: list[str] = field(default_factory=lambda: ["prompts", "predictions"])  # kinds whose alarm asks for it
-    accuracy_below: Annotated[float, Interval(ge=0, le=1)] = (
-        0.0  # asks where the interval's upper end is below; 0 never
-    )
+    accuracy_below: Annotated[float, Interval(ge=0, le=1)] = 0.0  # asks if it surely is; 0 never
     labelled: Annotated[int, Ge(0)] = 20  # marked rows, at least: labels and thumbs
     rows: Annotated[int, Ge(1)] = 60  # rows that can be trained on, at least
     since: str = "30d"  # how far back the log is read
@@ -56,7 +54,7 @@ class When(Config):
         for name in ("since", "every", "per"):
             seconds(getattr(self, name))
 
-# %% ../../nbs/deployment/06b_policy.ipynb #f133b37f
+# %% ../../nbs/deployment/06b_policy.ipynb #12cfcaed
 @dataclass(kw_only=True)
 class Gates(Config):
     "What a candidate must prove before it is one."
@@ -73,7 +71,7 @@ class Gates(Config):
         if self.gate:
             load_gate(self.gate)
 
-# %% ../../nbs/deployment/06b_policy.ipynb #cc7e1e4d
+# %% ../../nbs/deployment/06b_policy.ipynb #f76d035d
 @dataclass(kw_only=True)
 class Policy(Config):
     "When to train again, on what, how, and what the result must prove."
@@ -100,7 +98,7 @@ class Policy(Config):
         "Parameters of the training job."
         return training_values(self, values)
 
-# %% ../../nbs/deployment/06b_policy.ipynb #b14f50ac
+# %% ../../nbs/deployment/06b_policy.ipynb #9ffa8932
 @dataclass(kw_only=True)
 class PreferJob(Config):
     "Parameters of prefer_model: DPO on preferences."
@@ -121,7 +119,7 @@ class PreferJob(Config):
         "Seconds, for tests."
         return cls(**{"steps": 4} | values)
 
-# %% ../../nbs/deployment/06b_policy.ipynb #6934d6b9
+# %% ../../nbs/deployment/06b_policy.ipynb #09ab8a2f
 FURTHER: dict[str, Any] = {"lr": 1.5e-3, "table_lr": 2e-3, "decay": 1.0, "clip": 1.0, "mix": 0.0}
 OURS = ("out", "base", "data")
 
@@ -138,7 +136,7 @@ def training_values(policy: Policy, given: Mapping[str, Any]) -> dict[str, Any]:
     TrainJob.from_dict(values)
     return values
 
-# %% ../../nbs/deployment/06b_policy.ipynb #d6ab3f56
+# %% ../../nbs/deployment/06b_policy.ipynb #70d79574
 def load_policy(path: str | Path) -> Policy:
     "The policy in a YAML or JSON file."
     values = read_plain(path)
@@ -149,7 +147,7 @@ def load_policy(path: str | Path) -> Policy:
     except ConfigError as e:
         raise ConfigError(f"{path}: {e.message}", e.hint) from e
 
-# %% ../../nbs/deployment/06b_policy.ipynb #5e1e8c01
+# %% ../../nbs/deployment/06b_policy.ipynb #26b43bd2
 @dataclass
 class Facts:
     "What is known when a policy is asked."
@@ -161,7 +159,7 @@ class Facts:
     accuracy: tuple[float, float] | None = None  # the 95 % interval over labelled answers
     started: Sequence[float] = ()  # when this policy trained before
 
-# %% ../../nbs/deployment/06b_policy.ipynb #257ce5e9
+# %% ../../nbs/deployment/06b_policy.ipynb #55d36d4d
 @dataclass
 class Decision:
     "Whether to train, and why, or why not."
@@ -179,7 +177,7 @@ class Decision:
             return "train again: " + "; ".join(self.asked)
         return "do not train: " + "; ".join(self.against or ["nothing asks for it"])
 
-# %% ../../nbs/deployment/06b_policy.ipynb #b7f03e00
+# %% ../../nbs/deployment/06b_policy.ipynb #0527e4ab
 def reasons(when: When, facts: Facts) -> list[str]:
     "What asks for a training."
     found = [f"{kind} drifted ({said})" for kind, said in facts.drift.items() if kind in when.drift]
@@ -188,7 +186,7 @@ def reasons(when: When, facts: Facts) -> list[str]:
         found.append(f"accuracy is {low:.1%} to {high:.1%}, below {when.accuracy_below:.1%}")
     return found
 
-# %% ../../nbs/deployment/06b_policy.ipynb #b6fd2dc6
+# %% ../../nbs/deployment/06b_policy.ipynb #54b7a94e
 def objections(when: When, facts: Facts) -> list[str]:
     "What forbids it."
     found = []
@@ -203,12 +201,12 @@ def objections(when: When, facts: Facts) -> list[str]:
         found.append(f"{lately} training(s) in {when.per}, the budget is {when.runs}")
     return found
 
-# %% ../../nbs/deployment/06b_policy.ipynb #1fb92347
+# %% ../../nbs/deployment/06b_policy.ipynb #b458dec1
 def decide(policy: Policy, facts: Facts) -> Decision:
     "Whether `policy` wants a training now."
     return Decision(reasons(policy.when, facts), objections(policy.when, facts))
 
-# %% ../../nbs/deployment/06b_policy.ipynb #0eed89cf
+# %% ../../nbs/deployment/06b_policy.ipynb #50587d5f
 def marked(row: Mapping[str, Any]) -> bool | None:
     "Whether a logged answer was right, as far as somebody said; None if nobody did."
     labels = row.get("labels") or {}
@@ -218,7 +216,7 @@ def marked(row: Mapping[str, Any]) -> bool | None:
         return False
     return None if "thumbs" not in labels else float(labels["thumbs"]) >= 0.5
 
-# %% ../../nbs/deployment/06b_policy.ipynb #4ddf0328
+# %% ../../nbs/deployment/06b_policy.ipynb #2560c023
 def accuracy_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
     "Wilson's 95 % interval of the share of right answers among the marked ones; None without any."
     said = [m for r in rows if (m := marked(r)) is not None]
