@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CompareJob', 'held_windows', 'loss_documents', 'compare_losses', 'candidate_checks', 'candidate_table', 'german_rows',
-           'trained_on', 'own_candidate']
+           'trained_on', 'own_harvest', 'own_candidate']
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #ba34ec15
+# %% ../../nbs/deployment/06c_candidate.ipynb #53c591cc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..data.prepared import Prepared, part_spans, window_starts
 from ..evaluation.compare import Difference, difference
 from ..evaluation.documents import Documents, grouped
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #acc7891a
+# %% ../../nbs/deployment/06c_candidate.ipynb #dff91cc7
 @dataclass(kw_only=True)
 class CompareJob(Config):
     "Parameters of compare_models."
@@ -48,7 +48,7 @@ class CompareJob(Config):
         "Seconds, for tests."
         return cls(**{"windows": 16} | values)
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #524da382
+# %% ../../nbs/deployment/06c_candidate.ipynb #9e8f2885
 def held_windows(prepared: Prepared, n: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Up to `n` windows of the test split, int64 [n, length], and the number of each one's document."
     sizes = [d["tokens"] for d in prepared.documents("test")]
@@ -60,14 +60,14 @@ def held_windows(prepared: Prepared, n: int, length: int, seed: int = 0) -> tupl
     windows = np.asarray(prepared.tokens("test"))[chosen[:, None] + np.arange(length)].astype(np.int64)
     return windows, np.repeat(np.arange(len(sizes)), np.array(sizes) + 1)[chosen]
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #5b1b3514
+# %% ../../nbs/deployment/06c_candidate.ipynb #a12376b9
 def loss_documents(model: Any, windows: np.ndarray, homes: np.ndarray) -> Documents:
     "The model's loss on each document, in nats a token."
     from llmkit.evaluation.perplexity import score
 
     return grouped(windows, score(model, windows).losses, homes, "mean", "lower")
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #2430fa01
+# %% ../../nbs/deployment/06c_candidate.ipynb #4abf79b9
 def compare_losses(
     champion: str | Path, model: str | Path, texts: Mapping[str, Prepared], cfg: CompareJob
 ) -> dict[str, Difference]:
@@ -80,7 +80,7 @@ def compare_losses(
         found[name] = difference(name, loss_documents(a, *held), loss_documents(b, *held), draws=999, seed=cfg.seed)
     return found
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #85f0a66f
+# %% ../../nbs/deployment/06c_candidate.ipynb #57b954c8
 def candidate_checks(found: Mapping[str, Difference], cfg: CompareJob) -> list[Check]:
     "The checks on the differences `new` and `old`; what has too few documents for an interval fails."
     new, old = found["new"], found["old"]
@@ -90,7 +90,7 @@ def candidate_checks(found: Mapping[str, Difference], cfg: CompareJob) -> list[C
         Check("loss on the old text, change, upper 95 % bound", old.high, "<=", cfg.old_rise, "nats"),
     ]
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #fec5ff90
+# %% ../../nbs/deployment/06c_candidate.ipynb #58776c6b
 def candidate_table(found: Mapping[str, Difference]) -> list[dict[str, Any]]:
     "A line for each text: both losses, the change, its interval, the number of documents."
     return [
@@ -99,7 +99,7 @@ def candidate_table(found: Mapping[str, Difference]) -> list[dict[str, Any]]:
         for name, d in found.items()
     ]
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #e070af16
+# %% ../../nbs/deployment/06c_candidate.ipynb #1b48a821
 def german_rows(n: int, seed: int = 0, users: int = 50) -> list[dict[str, Any]]:
     "`n` logged completions, as `read_requests` gives them, of users who write German and say what was right."
     from llmkit.monitoring.monitor import other_texts
@@ -112,21 +112,27 @@ def german_rows(n: int, seed: int = 0, users: int = 50) -> list[dict[str, Any]]:
         for i, t in enumerate(texts)
     ]
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #5f8e24ec
+# %% ../../nbs/deployment/06c_candidate.ipynb #4c3e1e50
 def trained_on(champion: str | Path, data: Prepared, folder: Path, seed: int = 0) -> Path:
     "The champion trained for forty steps on harvested data, in `folder`."
     from llmkit.training.pretrain import train_further
 
     return train_further(champion, data, folder, steps=40, seed=seed, length=64, batch_size=8, lr=1.5e-3, mix=0.0)
 
-# %% ../../nbs/deployment/06c_candidate.ipynb #0efc93be
-def own_candidate(folder: Path, seed: int = 0) -> dict[str, str]:
-    "A tiny champion, a harvest of German prompts and a candidate trained on it, in `folder`: their paths."
+# %% ../../nbs/deployment/06c_candidate.ipynb #35f2de23
+def own_harvest(folder: Path, seed: int = 0) -> tuple[str, str]:
+    "A tiny model that knows a little Python, and a harvest of German prompts, in `folder`: paths of data and model."
     from llmkit.deployment.feedback import Take
     from llmkit.deployment.harvest import harvest
     from llmkit.deployment.release import RolloutJob, own_release
 
     old, champion = own_release(RolloutJob(seed=seed), folder)
     got = harvest(german_rows(200, seed), Prepared(old), folder / "harvest", Take(similarity=1.0, seed=seed))
-    made = trained_on(champion, Prepared(got.folder), folder / "candidate", seed)
-    return {"model": str(made), "champion": champion, "old": old, "new": str(got.folder)}
+    return str(got.folder), champion
+
+# %% ../../nbs/deployment/06c_candidate.ipynb #317adcf1
+def own_candidate(folder: Path, seed: int = 0) -> dict[str, str]:
+    "What `own_harvest` makes, and a candidate trained on it: all four paths."
+    new, champion = own_harvest(folder, seed)
+    made = trained_on(champion, Prepared(new), folder / "candidate", seed)
+    return {"model": str(made), "champion": champion, "old": str(folder / "data"), "new": new}

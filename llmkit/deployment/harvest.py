@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'by_split', 'as_document', 'old_windows', 'old_pairs', 'count_tokens', 'split_texts', 'split_pairs',
-           'write_files', 'manifest', 'Harvest', 'harvest']
+           'write_files', 'manifest', 'Harvest', 'harvest', 'held_preferences']
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #542f1306
+# %% ../../nbs/deployment/06a_harvest.ipynb #35c963ae
 import math
 import os
 import tempfile
@@ -20,12 +20,12 @@ import numpy as np
 from ..core.errors import DataError
 from ..core.run import read_json, write_json
 from ..data.prepare import Books, PrepareJob, content_hash, make_profile, write_tokens
-from ..data.prepared import Prepared, part_spans, window_starts, write_jsonl
+from ..data.prepared import Prepared, part_spans, read_rows, window_starts, write_jsonl
 from ..data.sources import Document
 from ..data.split import SPLITS, assign
 from .feedback import Gathered, Said, Take, gather
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #4351f739
+# %% ../../nbs/deployment/06a_harvest.ipynb #5b21962c
 def by_split(gathered: Gathered, take: Take) -> dict[str, set[str]]:
     "Which users and sessions are in which split."
     pairs = [p["group"] for p in gathered.preferences]
@@ -38,13 +38,13 @@ def by_split(gathered: Gathered, take: Take) -> dict[str, set[str]]:
     found = assign(groups, take.valid_share, take.test_share)
     return {split: {groups[i] for i in part} for split, part in found.items()}
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #c384fc8d
+# %% ../../nbs/deployment/06a_harvest.ipynb #da3c98b9
 def as_document(s: Said) -> Document:
     "An example or prompt as text."
     glue = "\n" if s.chat and s.label else ""
     return Document(s.prompt + glue + s.label, f"log:{s.id}")
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #1f509ec1
+# %% ../../nbs/deployment/06a_harvest.ipynb #ac3cd75b
 def old_windows(prepared: Prepared, tokens: int, length: int, seed: int) -> list[Document]:
     "Pieces of the original training documents, about `tokens` tokens together, in windows of `length`."
     sizes = [d["tokens"] for d in prepared.documents("train")]
@@ -55,7 +55,7 @@ def old_windows(prepared: Prepared, tokens: int, length: int, seed: int) -> list
     texts = prepared.tokenizer.batch_decode(ids)
     return [Document(text, f"old:{start}") for text, start in zip(texts, chosen.tolist(), strict=True)]
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #22534e1c
+# %% ../../nbs/deployment/06a_harvest.ipynb #998d28f7
 def old_pairs(prepared: Prepared, new: int, share: float, seed: int) -> list[dict[str, Any]]:
     "Instruction pairs of the original training split, in the share of all that the text has."
     pairs = prepared.pairs("train")
@@ -63,12 +63,12 @@ def old_pairs(prepared: Prepared, new: int, share: float, seed: int) -> list[dic
     chosen = np.random.default_rng(seed).permutation(len(pairs))[:wanted]
     return [pairs[i] for i in sorted(chosen)]
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #6e0abb70
+# %% ../../nbs/deployment/06a_harvest.ipynb #73810c8d
 def count_tokens(tokenizer: Any, docs: Sequence[Document]) -> int:
     "Tokens of some documents."
     return sum(len(ids) for ids in tokenizer([d.text for d in docs])["input_ids"]) if docs else 0
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #f3e659af
+# %% ../../nbs/deployment/06a_harvest.ipynb #797a09bd
 def split_texts(gathered: Gathered, prepared: Prepared, take: Take, length: int = 128) -> dict[str, list[Document]]:
     "The documents of each split: new ones, and in training old ones with them."
     parts = by_split(gathered, take)
@@ -82,7 +82,7 @@ def split_texts(gathered: Gathered, prepared: Prepared, take: Take, length: int 
     texts["train"] += old_windows(prepared, wanted, min(length, longest), take.seed) if wanted else []
     return texts
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #26735c05
+# %% ../../nbs/deployment/06a_harvest.ipynb #1278e152
 def split_pairs(gathered: Gathered, prepared: Prepared, take: Take) -> dict[str, list[dict[str, Any]]]:
     "The instruction pairs of each split: chats with a right answer, and in training old ones with them."
     parts = by_split(gathered, take)
@@ -94,7 +94,7 @@ def split_pairs(gathered: Gathered, prepared: Prepared, take: Take) -> dict[str,
     pairs["train"] += old_pairs(prepared, len(pairs["train"]), take.old_share, take.seed)
     return pairs
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #111bac46
+# %% ../../nbs/deployment/06a_harvest.ipynb #60f2d8c2
 def write_files(folder: Path, gathered: Gathered, prepared: Prepared, take: Take, log: str) -> dict[str, Any]:
     "Write everything but the manifest; the profile, with the hash of the content."
     tokenizer, texts, pairs = prepared.tokenizer, split_texts(gathered, prepared, take), {}
@@ -116,7 +116,7 @@ def write_files(folder: Path, gathered: Gathered, prepared: Prepared, take: Take
     write_json(folder / "profile.json", profile)
     return profile
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #a15b001d
+# %% ../../nbs/deployment/06a_harvest.ipynb #2ac83660
 MANIFEST = "llmkit.harvest/1"
 
 
@@ -140,7 +140,7 @@ def manifest(
         "take": take.to_dict(),
     }
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #05fb0ca7
+# %% ../../nbs/deployment/06a_harvest.ipynb #004de9b5
 @dataclass
 class Harvest:
     "A data set made of a log."
@@ -153,7 +153,7 @@ class Harvest:
         "The hash of its content, which is its name."
         return self.manifest["hash"]
 
-# %% ../../nbs/deployment/06a_harvest.ipynb #9d70dad3
+# %% ../../nbs/deployment/06a_harvest.ipynb #6acb2db3
 def harvest(
     rows: Sequence[Mapping[str, Any]],  # of `read_requests`
     prepared: Prepared,  # what the model was trained on: its tokenizer, and what must not be forgotten
@@ -174,3 +174,17 @@ def harvest(
             write_json(folder / "manifest.json", manifest(gathered, profile, prepared, take, where))
             os.replace(folder, target)
     return Harvest(target, read_json(target / "manifest.json"))
+
+# %% ../../nbs/deployment/06a_harvest.ipynb #487e84db
+def held_preferences(data: str | Path, split: str, chat: bool = False) -> list[dict[str, str]]:
+    "Rows of `prompt`, `chosen` and `rejected` of one split, from chats or from completions; `DataError` without any."
+    path = Path(data) / f"preferences.{split}.jsonl"
+    if not path.exists():
+        raise DataError(f"{data} holds no preferences", "give a folder that a harvest made")
+    found = [row for row in read_rows(path) if row["chat"] == chat]
+    if not found:
+        kind = "chats" if chat else "completions"
+        raise DataError(
+            f"{data} has no preferences from {kind} in {split}", "collect thumbs down, and labels with them"
+        )
+    return [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in found]
