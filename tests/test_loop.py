@@ -14,7 +14,7 @@ from llmkit.cli.retrain import Ledger, Served, retrain
 from llmkit.core.registry import get_version, register, set_alias
 from llmkit.core.run import read_json
 from llmkit.deployment.candidate import german_rows, own_harvest
-from llmkit.deployment.policy import Policy
+from llmkit.deployment.retraining import Policy
 
 RULES: dict[str, Any] = {
     "when": {"rows": 40, "labelled": 10},

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 from ..core.errors import DataError, GateError
 from ..core.run import locked, read_json, read_result, write_json
-from ..deployment.policy import Decision, Facts, Policy, accuracy_of, decide, marked
+from ..deployment.retraining import Decision, Facts, Policy, accuracy_of, decide, marked
 from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'evaluation_params', 'comparison_params',
-           'retrain_stages', 'Entry', 'Ledger', 'facts_of', 'Outcome', 'carry_out', 'measured', 'new_entry', 'retrain']
+           'retrain_stages', 'Entry', 'Ledger', 'facts_of', 'Outcome', 'untracked', 'carry_out', 'measured',
+           'new_entry', 'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -175,11 +176,20 @@ class Outcome:
         made = f"version {self.entry.version} is candidate" if self.entry.version else self.entry.note
         return f"{self.decision}\n{self.entry.status}: {made}"
 
+# %% ../../nbs/cli/13a_retrain.ipynb #a69db279
+def untracked(folder: Path) -> None:
+    "Take away the tracking database of a run that recorded nothing yet: one killed while it was made cannot be opened."
+    state = folder / "state.json"
+    if state.exists() and not read_json(state)["parent_run"]:
+        for path in folder.glob("mlflow.db*"):
+            path.unlink()
+
 # %% ../../nbs/cli/13a_retrain.ipynb #b4843430
 def carry_out(ledger: Ledger, entry: Entry) -> Entry:
     "Run the jobs of an entry, or go on with them, and write down how it ended."
     policy, served = Policy.from_dict(entry.policy), Served(**entry.served)
     folder = ledger.folder(entry)
+    untracked(folder)
     line = Line("monitor retrain", retrain_stages(policy, served, entry.data), folder, {"id": entry.id})
     try:
         done = line.run(resume=(folder / "state.json").exists())
