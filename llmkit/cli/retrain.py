@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 from ..core.errors import DataError, GateError
 from ..core.run import locked, read_json, read_result, write_json
-from ..deployment.retraining import Decision, Facts, Policy, accuracy_of, decide, marked
+from ..deployment.retraining import Decision, Facts, RetrainPolicy, accuracy_of, decide, marked
 from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
-__all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'evaluation_params', 'comparison_params',
-           'retrain_stages', 'Entry', 'Ledger', 'facts_of', 'Outcome', 'untracked', 'carry_out', 'measured',
-           'new_entry', 'retrain']
+__all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
+           'facts_of', 'Outcome', 'untracked', 'carry_out', 'measured', 'new_entry', 'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -61,18 +60,8 @@ def job_params(job: str, given: dict[str, Any]) -> dict[str, Any]:
     values = check(find_job(job), given)
     return {k: v for k, v in values.items() if k != "out"}
 
-# %% ../../nbs/cli/13a_retrain.ipynb #77bacbfa
-def evaluation_params(policy: Policy, model: str, data: str) -> dict[str, Any]:
-    "What evaluate_model is told: strict bounds need the sizes that make them mean something."
-    from llmkit.evaluation.job import EvaluateJob
-
-    preset = EvaluateJob.quickstart if policy.gates.bounds == "strict" else EvaluateJob.tiny
-    gate = str(Path(policy.gates.gate).resolve()) if policy.gates.gate else ""
-    values = preset(model=model, data=data, bounds=policy.gates.bounds, gate=gate).to_dict()
-    return job_params("evaluate_model", {k: v for k, v in values.items() if k != "out"})
-
 # %% ../../nbs/cli/13a_retrain.ipynb #fae4739a
-def comparison_params(policy: Policy, served: Served, model: str, data: str) -> dict[str, Any]:
+def comparison_params(policy: RetrainPolicy, served: Served, model: str, data: str) -> dict[str, Any]:
     "What compare_models is told."
     gates = {k: getattr(policy.gates, k) for k in ("windows", "window_tokens", "new_drop", "old_rise")}
     texts = {"model": model, "champion": served.model, "old": served.data, "new": data}
@@ -82,7 +71,7 @@ def comparison_params(policy: Policy, served: Served, model: str, data: str) -> 
 BUDGETS = {"train": 120.0, "evaluate_model": 30.0, "compare_models": 15.0, "register_model": 12.0}
 
 
-def retrain_stages(policy: Policy, served: Served, data: str) -> list[Stage]:
+def retrain_stages(policy: RetrainPolicy, served: Served, data: str) -> list[Stage]:
     "The four jobs that make a candidate of a harvest."
     job = "prefer_model" if policy.how == "dpo" else "train_model"
 
@@ -97,7 +86,9 @@ def retrain_stages(policy: Policy, served: Served, data: str) -> list[Stage]:
     first = job_params(job, policy.job(base=served.model, data=data))
     made = {
         job: lambda done: first,
-        "evaluate_model": lambda done: evaluation_params(policy, trained(done), served.data),
+        "evaluate_model": lambda done: job_params(
+            "evaluate_model", policy.evaluation(model=trained(done), data=served.data)
+        ),
         "compare_models": lambda done: comparison_params(policy, served, trained(done), data),
         "register_model": register,
     }
@@ -147,7 +138,12 @@ class Ledger:
 
 # %% ../../nbs/cli/13a_retrain.ipynb #3d4238b2
 def facts_of(
-    policy: Policy, rows: Sequence[Mapping[str, Any]], drift: Mapping[str, str], ledger: Ledger, now: float, data: str
+    policy: RetrainPolicy,
+    rows: Sequence[Mapping[str, Any]],
+    drift: Mapping[str, str],
+    ledger: Ledger,
+    now: float,
+    data: str,
 ) -> Facts:
     "What is known now: usable and marked rows, alarms, accuracy, earlier trainings; `data` has the tokenizer."
     from llmkit.data.prepared import Prepared
@@ -187,7 +183,7 @@ def untracked(folder: Path) -> None:
 # %% ../../nbs/cli/13a_retrain.ipynb #b4843430
 def carry_out(ledger: Ledger, entry: Entry) -> Entry:
     "Run the jobs of an entry, or go on with them, and write down how it ended."
-    policy, served = Policy.from_dict(entry.policy), Served(**entry.served)
+    policy, served = RetrainPolicy.from_dict(entry.policy), Served(**entry.served)
     folder = ledger.folder(entry)
     untracked(folder)
     line = Line("monitor retrain", retrain_stages(policy, served, entry.data), folder, {"id": entry.id})
@@ -216,7 +212,7 @@ def measured(folder: Path) -> dict[str, float]:
 
 # %% ../../nbs/cli/13a_retrain.ipynb #8a291513
 def new_entry(
-    ledger: Ledger, policy: Policy, served: Served, rows: Sequence[Mapping[str, Any]], why: list[str], now: float
+    ledger: Ledger, policy: RetrainPolicy, served: Served, rows: Sequence[Mapping[str, Any]], why: list[str], now: float
 ) -> Entry:
     "Make the data set and the entry of a new training; `DataError` if this data was trained on before."
     from llmkit.data.prepared import Prepared
@@ -235,7 +231,7 @@ def new_entry(
 
 # %% ../../nbs/cli/13a_retrain.ipynb #e6d1d529
 def retrain(
-    policy: Policy,
+    policy: RetrainPolicy,
     served: Served,
     rows: Sequence[Mapping[str, Any]],  # of `read_requests`
     drift: Mapping[str, str],  # kind -> what its alarm says; only those that rang
