@@ -130,6 +130,9 @@ class Watching:
         server.error = "" if seen.up else "no server answers there; is it running?"
         self.evaluator.evaluate(now)
         seen.now = {name: read_signal(self.store, name, now, self.window_s) for name in self.signals}
+        if seen.now.get("throughput"):  # no series of failures is no failure, where there are requests
+            for name in {"error_rate", "rejected_rate"} & set(self.signals):
+                seen.now[name] = seen.now[name] or {"all": 0.0}
         seen.alerts = [a.to_dict() for a in self.evaluator.states] + fired_before(self.evaluator)
         look_around(self, seen)
         with self.lock:
