@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, over a real server: numbers move, alerts ring, light and dark, sources come and go."""
+"""The dashboard in a browser over a real server: numbers move, alerts ring, light and dark, sources come and go."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dark(page: Browser, wanted: bool) -> None:
 
 
 def test_the_dashboard_shows_what_happens(server: ServerProcess, tmp_path: Path) -> None:
-    """Requests appear, a rule rings, the route is shown, a missing source says what to do, and a stopped server is down."""
+    """Requests appear, a rule rings, routes are shown, a missing source says what to do, a stopped server is down."""
     log = server.args[server.args.index("--log") + 1]
     places = Places(server.url, server.admin_key, str(log), rollouts=str(tmp_path / "none"))
     drive(server.url, ["def read"] * 4, max_tokens=4)

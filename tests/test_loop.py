@@ -37,7 +37,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
 
 
 def test_a_killed_training_is_continued_and_registered(served: Served, tmp_path: Path) -> None:
-    """Killed in mid-training, the next look goes on with it; the candidate is better on the new text, and registered."""
+    """Killed in mid-training, the next look goes on with it; the candidate is better on the new text and registered."""
     code = f"""
 import os, threading
 from test_loop import *
@@ -50,7 +50,7 @@ retrain(RetrainPolicy.from_dict(RULES), Served(**{vars(served)!r}), german_rows(
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
     assert ended.returncode == -9, ended.stderr
     assert Ledger(tmp_path).running()
-    made = retrain(RetrainPolicy.from_dict(RULES), served, [], {}, tmp_path)  # nothing is asked for: what was begun is ended
+    made = retrain(RetrainPolicy.from_dict(RULES), served, [], {}, tmp_path)  # what was begun is ended
     assert made.entry and made.entry.status == "registered", made
     assert "continuing" in made.decision
     candidate = get_version("llmkit", "candidate", served.tracking)
