@@ -12,8 +12,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 # %% auto #0
-__all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'COLD', 'OWN', 'Buckets',
-           'Finished', 'ModelMetrics', 'observe_request', 'ServerMetrics']
+__all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'COLD', 'PHASE', 'OWN',
+           'PHASES', 'Buckets', 'Finished', 'ModelMetrics', 'phases_of', 'observe_request', 'ServerMetrics']
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #82bb78b3
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -76,6 +76,8 @@ class Finished:
     total_s: float
     max_tokens: int
     n: int = 1
+    detokenise_s: float = 0.0
+    write_s: float = 0.0
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #774d1499
 @dataclass
@@ -87,6 +89,7 @@ class ModelMetrics:
     histograms: dict[str, Histogram]
     by_reason: dict[str, Counter]
     labels: tuple[str, str]
+    phases: dict[str, Histogram] = field(default_factory=dict)
     reasons: dict[tuple[str, str], Counter] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)  # totals, when they were last looked at
 
@@ -119,6 +122,14 @@ class ModelMetrics:
         self.histograms["request_prompt_tokens"].observe(tokens)
         self.histograms["e2e_request_latency_seconds"].observe(seconds)
 
+# %% ../../nbs/monitoring/01_metrics.ipynb #173ef7c0
+def phases_of(f: Finished) -> dict[str, float]:
+    "Seconds of each phase of a finished request."
+    ours = f.detokenise_s + f.write_s
+    prefill, decode = max(0.0, f.first_s - f.queue_s), max(0.0, f.total_s - f.first_s - ours)
+    found = {"queue": f.queue_s, "prefill": prefill, "decode": decode}
+    return found | {"detokenise": f.detokenise_s, "write": f.write_s}
+
 # %% ../../nbs/monitoring/01_metrics.ipynb #54583f89
 def observe_request(m: ModelMetrics, f: Finished) -> None:
     "Put a finished request into the counters and histograms of `m`."
@@ -136,9 +147,12 @@ def observe_request(m: ModelMetrics, f: Finished) -> None:
         values["request_time_per_output_token_seconds"] = decode / (f.completion_tokens - 1)
     for name, value in values.items():
         m.histograms[name].observe(value)
+    for phase, value in phases_of(f).items():
+        m.phases[phase].observe(value)
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #c31f4661
 COLD = partial(Histogram, buckets=(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0))
+PHASE = partial(Histogram, buckets=(0.0001, 0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0))
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #7312f792
 OWN: dict[str, tuple[type[Counter] | type[Gauge] | partial[Histogram], str, tuple[str, ...]]] = {
@@ -159,6 +173,50 @@ OWN: dict[str, tuple[type[Counter] | type[Gauge] | partial[Histogram], str, tupl
     "model_warm": (Gauge, "Whether a model is loaded", ("revision",)),
     "model_memory_bytes": (Gauge, "Memory of a model's engine process when last looked at", ("revision",)),
     "request_log_dropped": (Gauge, "Rows that the request log had no room for", ()),
+}
+
+# %% ../../nbs/monitoring/01_metrics.ipynb #bde649c5
+_AT = ("revision", "kind")
+OWN |= {
+    "drift_score": (Gauge, "At least this share of the traffic has moved, with 95 % confidence", _AT),
+    "drift_evidence_log10": (Gauge, "Evidence for drift, log10; the alarm is at log10 of the run length", _AT),
+    "drift_alarms": (Counter, "Drift alarms", _AT),
+    "monitor_dropped": (Counter, "Rows that the monitor had no room for, or lost with its worker", ()),
+    "monitor_behind_seconds": (Gauge, "How long ago the oldest row came that the monitor has not looked at", ()),
+    "monitor_sink_failures": (Counter, "Batches that a part of the monitor failed on", ("sink",)),
+    "monitor_restarts": (Counter, "Times that the monitor's worker was replaced because it died", ()),
+    "request_log_lost": (Counter, "Rows and labels that the request log's disk did not take", ()),
+    "request_log_duplicates": (Counter, "Rows whose request id was there already", ()),
+    "request_log_removed": (Counter, "Rows that were let go to keep the log within its bounds", ()),
+    "request_phase_seconds": (PHASE, "Where the time of a request went", ("revision", "phase")),
+}
+PHASES = ("queue", "prefill", "decode", "detokenise", "write")
+
+# %% ../../nbs/monitoring/01_metrics.ipynb #2614123b
+OWN |= {
+    "cost_dollars": (Counter, "What the answers cost, by the price that the server was given", ("revision",)),
+    "feedback": (Counter, "Labels that came", ("revision", "name", "value")),
+    "feedback_unknown": (Gauge, "Labels whose request is not known, or not yet", ()),
+    "accuracy": (Gauge, "Share of right answers among the latest labelled ones", ("revision",)),
+    "accuracy_estimated": (Gauge, "Accuracy as estimated before labels come", ("revision",)),
+    "satisfaction": (Gauge, "Share of thumbs up among the latest thumbs", ("revision",)),
+    "task_completion": (Gauge, "Share of completed tasks among the latest told", ("revision",)),
+    "route_share": (Gauge, "Share of an alias' requests that a revision is to get", ("alias", "revision")),
+}
+
+# %% ../../nbs/monitoring/01_metrics.ipynb #dd0591ed
+OWN |= {
+    "system_cpu_ratio": (Gauge, "Share of all cores in use", ()),
+    "system_memory_bytes": (Gauge, "Memory in use", ()),
+    "system_memory_total_bytes": (Gauge, "Memory of the machine", ()),
+    "system_disk_free_bytes": (Gauge, "Free space", ()),
+    "system_disk_bytes": (Counter, "Bytes read and written", ("direction",)),
+    "system_network_bytes": (Counter, "Bytes received and sent", ("direction",)),
+    "gpu_utilization_ratio": (Gauge, "Share of the time in which a GPU worked", ("gpu",)),
+    "gpu_memory_bytes": (Gauge, "Memory of a GPU in use", ("gpu",)),
+    "gpu_memory_total_bytes": (Gauge, "Memory of a GPU", ("gpu",)),
+    "gpu_power_watts": (Gauge, "Power that a GPU draws", ("gpu",)),
+    "gpu_temperature_celsius": (Gauge, "Temperature of a GPU", ("gpu",)),
 }
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #f8acc1e9
@@ -189,6 +247,7 @@ class ServerMetrics:
             {n: h.labels(*at) for n, h in self.histograms.items()},
             self.by_reason,
             at,
+            {p: self.own["request_phase_seconds"].labels(model_name, p) for p in PHASES},
         )
 
     def render(self) -> bytes:

@@ -5,12 +5,15 @@
 # %% ../../nbs/serving/05h_admin.ipynb #a58fb503
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from ..core.errors import LLMKitError
+from ..core.errors import LLMKitError, ServiceError
+from ..monitoring.feedback import check_label
+from ..monitoring.logfile import Label
 from .protocol import ApiError, ShadowRequest
 from .revisions import Revision
 from .room import Model, described
@@ -20,7 +23,7 @@ from .warm import told
 
 # %% auto #0
 __all__ = ['good_name', 'set_route', 'add_revision', 'loaded', 'model_of', 'drop_revision', 'set_state', 'set_adapter',
-           'feedback']
+           'feedback', 'drift']
 
 # %% ../../nbs/serving/05h_admin.ipynb #da6c4e30
 def good_name(param: str, name: str) -> None:
@@ -89,6 +92,8 @@ async def drop_revision(state: State, name: str) -> None:
         raise ApiError(409, f"route {used[0]!r} sends traffic to {name!r}; {what}", "name", "in_use")
     state.router.forget(name)
     await state.warm.forget(name, state.cfg.drain_s)
+    if state.plane is not None:
+        state.plane.tell({"what": "forget", "revision": name})
 
 # %% ../../nbs/serving/05h_admin.ipynb #4f416c9c
 async def set_state(state: State, name: str, wanted: str) -> dict[str, Any]:
@@ -120,9 +125,25 @@ async def set_adapter(state: State, revision: str, name: str, folder: str) -> li
     return sorted(loop.adapters)
 
 # %% ../../nbs/serving/05h_admin.ipynb #79c4a461
-def feedback(state: State, request_id: str, name: str, value: float) -> None:
-    "Store a label for an answered request; 409 without a request log."
-    if state.log is None:
-        raise ApiError(409, "this server keeps no request log", code="no_request_log")
-    if not state.log.label(request_id, name, value):
-        raise ApiError(503, "the request log is behind", code="log_full", retry_after=1)
+def feedback(state: State, request_id: str, name: str, value: float | None, text: str | None = None) -> None:
+    "Take a label for an answered request; 409 for a server that keeps nothing, 400 for a label that means nothing."
+    if state.plane is None:
+        raise ApiError(409, "this server keeps no request log and has no monitor", code="no_request_log")
+    try:
+        check_label(name, value, text)
+    except LLMKitError as e:
+        raise ApiError(400, str(e), "text" if text is not None else "value", "invalid_label") from e
+    if not state.plane.put(Label(request_id, name, value, text or "", time.time())):
+        raise ApiError(503, "the monitor is behind", code="log_full", retry_after=1)
+
+# %% ../../nbs/serving/05h_admin.ipynb #607cd34d
+async def drift(state: State, revision: str | None) -> dict[str, Any]:
+    "Reports of drift by revision and kind, and why others are not watched; 409 without a monitor, 503 if it is away."
+    if state.plane is None or not state.cfg.monitor:
+        raise ApiError(409, "this server has no monitor; start it with --monitor", code="no_monitor")
+    if revision is not None:
+        model_of(state, revision)
+    try:
+        return await state.plane.ask({"what": "drift", "revision": revision})
+    except ServiceError as e:
+        raise ApiError(503, str(e), code="monitor_away", retry_after=1) from e

@@ -23,8 +23,8 @@ from .shadow import cast
 from .state import State, finish, reserve
 
 # %% auto #0
-__all__ = ['reply_key', 'cache_rules', 'stored', 'replay', 'compute', 'given_again', 'in_one_piece', 'as_stream', 'first_key',
-           'answer']
+__all__ = ['reply_key', 'cache_rules', 'keeps_text', 'stored', 'replay', 'compute', 'given_again', 'in_one_piece', 'as_stream',
+           'first_key', 'answer']
 
 # %% ../../nbs/serving/05e_answer.ipynb #3a1bc255
 def reply_key(revision: Revision, endpoint: str, request: bytes) -> bytes:
@@ -37,13 +37,19 @@ def cache_rules(header: str) -> tuple[bool, bool]:
     words = {w.strip().lower() for w in header.split(",")}
     return not words & {"no-cache", "no-store"}, "no-store" not in words
 
+# %% ../../nbs/serving/05e_answer.ipynb #dad05144
+def keeps_text(state: State) -> bool:
+    "Whether the log will want the texts of a reply that is given again."
+    return bool(state.cfg.log) and state.cfg.log_text
+
 # %% ../../nbs/serving/05e_answer.ipynb #da7ae9f2
 def stored(call: Call, keep_text: bool) -> Reply:
     "A finished call as something that can be given again."
-    row, body = row_of(call, keep_text), msgspec.json.decode(bytes(whole(call).body))
+    row, body = row_of(call), msgspec.json.decode(bytes(whole(call).body))
     del body["id"]
     body["usage"]["cache_hit"] = True
     facts = {n: getattr(row, n) for n in Reply.__struct_fields__ if n != "tail"}
+    facts |= {} if keep_text else {"prompt": "", "completion": ""}
     return Reply(b"," + msgspec.json.encode(body)[1:], **facts)
 
 # %% ../../nbs/serving/05e_answer.ipynb #6c2e2edd
@@ -87,19 +93,20 @@ async def in_one_piece(
     "The reply in one piece; an empty `key` keeps the cache out of it."
     if not key or state.cache is None:
         await with_client(request, compute(state, call, asked), state.cfg.timeout_s)
+        response = whole(call)
         finish(state, call)
-        return whole(call)
+        return response
 
     async def make() -> Reply:
         await compute(state, call, asked)
-        return stored(call, state.cfg.log_text)
+        return stored(call, keeps_text(state))
 
     reply, hit = await with_client(request, state.cache.through(key, make, read), state.cfg.timeout_s)
     if hit:
         return given_again(state, call, reply)
     state.metrics.own["response_cache_misses"].inc()
-    finish(state, call)
     response = whole(call)
+    finish(state, call)
     response.headers["x-llmkit-cache"] = "miss"
     return response
 
@@ -116,7 +123,7 @@ async def as_stream(request: HttpRequest, state: State, call: Call, asked: Share
     def done(call: Call, error: ApiError | None) -> None:
         if cache is not None and error is None and not call.closed:
             state.metrics.own["response_cache_misses"].inc()
-            cache.put(key, stored(call, state.cfg.log_text))
+            cache.put(key, stored(call, keeps_text(state)))
         if error is None and not call.closed:
             cast(state, call, asked, len(call.prompts[0].text))
         finish(state, call, error)

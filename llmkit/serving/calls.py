@@ -159,6 +159,8 @@ class Call:
     tickets: list[Ticket] = field(default_factory=list)
     style: Style = field(default_factory=Style)
     first_s: float = 0.0  # arrival to the first token
+    detokenise_s: float = 0.0  # from tokens to text
+    write_s: float = 0.0  # from text to bytes sent
     cold_s: float = 0.0  # that it waited for its model to be loaded
     status: int = 200
     error: str = ""
@@ -243,7 +245,9 @@ def take(call: Call, open_: dict[str, Choice], item: Output | tuple[str, ApiErro
     "Give an output to its choice, add it to what was `made`, and forget the choice when it is finished."
     if isinstance(item, tuple) or item.finish == "error" or (choice := open_.get(item.request_id)) is None:
         return
+    began = time.perf_counter()
     shown = choice.take(item)
+    call.detokenise_s += time.perf_counter() - began
     if choice.finish:
         del open_[item.request_id]
         if not item.finish and call.revision is not None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -109,6 +110,12 @@ class AdminClient(RouteClient):
         "Make a revision 'warm' (loaded) or 'cold' (known, and loaded again for the next request)."
         return self.call("PUT", f"/admin/revisions/{revision}/state", {"state": state})
 
-    def feedback(self, request_id: str, name: str, value: float) -> None:
-        "Give an answered request a label."
-        self.call("POST", "/v1/feedback", {"request_id": request_id, "name": name, "value": float(value)})
+    def drift(self, revision: str = "") -> dict[str, Any]:
+        "Reports of drift, by revision and by kind of text."
+        at = f"?revision={quote(revision, safe='')}" if revision else ""
+        return self.call("GET", f"/admin/drift{at}")["drift"]
+
+    def feedback(self, request_id: str, name: str, value: float | str) -> None:
+        "Give an answered request a label: a number, or a text such as the right answer."
+        said: dict[str, Any] = {"text": value} if isinstance(value, str) else {"value": float(value)}
+        self.call("POST", "/v1/feedback", {"request_id": request_id, "name": name, **said})

@@ -23,8 +23,8 @@ from ..security.access import KeyStore, Limits, load_keys
 from .router import check_name, check_weights
 
 # %% auto #0
-__all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'ServeConfig', 'check_speculate',
-           'check_serve', 'serve_settings', 'serve_config', 'free_port', 'bind']
+__all__ = ['parse_models', 'parse_weights', 'is_loopback', 'EngineSettings', 'GuardSettings', 'MonitorSettings', 'ServeConfig',
+           'check_speculate', 'check_serve', 'serve_settings', 'serve_config', 'free_port', 'bind']
 
 # %% ../../nbs/serving/00_config.ipynb #69819868
 def parse_models(args: Sequence[str]) -> dict[str, str]:
@@ -104,7 +104,24 @@ class GuardSettings(EngineSettings):
 
 # %% ../../nbs/serving/00_config.ipynb #e5633b64
 @dataclass(kw_only=True)
-class ServeConfig(GuardSettings):
+class MonitorSettings(GuardSettings):
+    "What is watched, and what is kept of it."
+
+    log: str = ""  # the request log (SQLite); empty: none
+    log_text: bool = True  # whether the log keeps (masked) text
+    log_gb: Annotated[float, Gt(0)] | None = 10.0  # of the log; the oldest rows make room
+    log_days: Annotated[float, Gt(0)] | None = None  # of a row in it; None: for ever
+    log_archive: str = ""  # a folder for Parquet files of the rows that have to go; empty: they are deleted
+    log_json: bool = False  # one line of JSON a request on standard error
+    monitor: bool = True  # watch drift, feedback, cost and the machine, beside the requests
+    monitor_in: Literal["process", "thread"] = "process"  # where: a thread holds up requests, by milliseconds
+    run_length: Annotated[float, Gt(1)] = 1e5  # rows between two false alarms of drift, at least, on average
+    price_hour: Annotated[float, Ge(0)] = 0.0  # dollars an hour of this machine
+    price_tokens: Annotated[float, Ge(0)] = 0.0  # dollars per 1,000 tokens, in place of that
+
+# %% ../../nbs/serving/00_config.ipynb #832c9d32
+@dataclass(kw_only=True)
+class ServeConfig(MonitorSettings):
     "The settings of one server."
 
     models: dict  # revision name -> model folder
@@ -116,9 +133,6 @@ class ServeConfig(GuardSettings):
     cache_redis: str = ""  # redis://HOST:PORT/DB: share them with other servers
     warm_gb: Annotated[float, Gt(0)] | None = None  # memory of all engines together; not given: what is free
     warm_models: Annotated[int, Ge(1)] | None = None  # engines that may be loaded at once
-    log: str = ""  # the request log (SQLite); empty: none
-    log_text: bool = True  # whether the log keeps (masked) text
-    log_json: bool = False  # one line of JSON a request on standard error
     exit_with_stdin: bool = False  # end when standard input closes: with the process that started this one
 
     def validate(self) -> None:
@@ -156,6 +170,10 @@ def check_serve(cfg: ServeConfig) -> None:
         raise ConfigError("gateway is set and so are API keys", "keys are checked in front, or here: leave one out")
     if not len(cfg.keys()) and not is_loopback(cfg.host) and not cfg.gateway:
         raise ConfigError(f"{cfg.host} can be reached from other machines and no API key is set", "set LLMKIT_API_KEY")
+    if cfg.price_hour and cfg.price_tokens:
+        raise ConfigError("price_hour and price_tokens are both set", "the machine costs by the hour, or by the token")
+    if cfg.log_archive and not cfg.log:
+        raise ConfigError("log_archive is set and log is not", "give --log: the archive is of its oldest rows")
     if cfg.cache_redis and not cfg.cache_mb:
         raise ConfigError("cache_redis is set and cache_mb is not", "give --cache-mb: Redis stands behind that memory")
     if cfg.cache_redis and cfg.cache_redis.partition("://")[0] not in ("redis", "rediss", "unix"):

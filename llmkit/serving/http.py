@@ -103,7 +103,10 @@ def writer_of(call: Call) -> Chunks:
 # %% ../../nbs/serving/05c_http.ipynb #b8a88007
 def whole(call: Call) -> Response:
     "The reply in one piece."
-    return Response(writer_of(call).whole(), 200, reply_headers(call), "application/json")
+    began = time.perf_counter()
+    response = Response(writer_of(call).whole(), 200, reply_headers(call), "application/json")
+    call.write_s += time.perf_counter() - began
+    return response
 
 # %% ../../nbs/serving/05c_http.ipynb #9567a8b1
 class EventStream(Response):
@@ -157,9 +160,13 @@ async def events(
     writer, left_s = writer_of(call), seconds - (time.perf_counter() - call.began)
     try:
         async with aclosing(items), asyncio.timeout(left_s):  # type: ignore[type-var]
+            began = time.perf_counter()
             yield writer.begin() + writer.step(first)
+            call.write_s += time.perf_counter() - began  # a client that reads slowly, too
             async for made in items:
+                began = time.perf_counter()
                 yield writer.step(made)
+                call.write_s += time.perf_counter() - began
         error = None
         yield writer.end(usage_too)
     except TimeoutError:

@@ -29,9 +29,9 @@ from .router import UNSEEN
 from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
-__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'LOADS', 'STATE', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'PROBE',
-           'LABEL', 'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape', 'operation',
-           'description']
+__all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'LOADS', 'STATE', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'WATCH',
+           'PROBE', 'LABEL', 'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape',
+           'operation', 'description']
 
 # %% ../../nbs/serving/05d_openapi.ipynb #b71a68be
 class ErrorDetail(Struct):
@@ -65,7 +65,7 @@ class Path:
 
 # %% ../../nbs/serving/05d_openapi.ipynb #3e036a91
 FIELDS = {"string": "id object model state status reason request_id name prompt owned_by variant weights"}
-FIELDS |= {"array": "choices output data tokens revisions adapters", "object": "usage routes shadows"}
+FIELDS |= {"array": "choices output data tokens revisions adapters", "object": "usage routes shadows drift unwatched"}
 FIELDS |= {"integer": "created created_at count max_model_len"}
 TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 
@@ -81,6 +81,7 @@ STATE, ADAPTER, VECTORS = (
     "object data model usage",
 )
 MADE, SAID = "id object created model choices usage", "id object created_at model status output usage"
+WATCH: tuple[int, ...] = (404, 409, 503)
 PROBE, LABEL, ROUTES, LOADED = "status reason", "object request_id name", "routes shadows", "name variant weights"
 
 # %% ../../nbs/serving/05d_openapi.ipynb #9e6d78a8
@@ -101,6 +102,7 @@ TABLE = [
     Path("GET", "/openapi.json", "this description", key=""),
     Path("GET", "/admin/routes", "who answers under which name", key="admin", reply=ROUTES),
     Path("PUT", "/admin/routes/{alias}", "change it", RouteRequest, "admin", errors=(400, 413), reply=ROUTES),
+    Path("GET", "/admin/drift", "what drifts, since when", key="admin", errors=WATCH, reply="drift unwatched"),
     Path("GET", "/admin/revisions", "what is known, and what of it is loaded", key="admin", reply="revisions"),
     Path("PUT", "/admin/revisions/{name}", "load a model", RevisionRequest, "admin", 201, errors=LOADS, reply=LOADED),
     Path("PUT", STATE, "make it warm or cold", StateRequest, "admin", errors=LOADS, reply="name state"),

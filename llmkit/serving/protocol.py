@@ -162,7 +162,8 @@ class FeedbackRequest(Struct, forbid_unknown_fields=True):
 
     request_id: Annotated[str, Meta(min_length=1)]
     name: Annotated[str, Meta(min_length=1, max_length=64)]
-    value: float
+    value: float | None = None  # thumbs and completed: 1 or 0
+    text: Annotated[str, Meta(max_length=65_536)] | None = None  # label: the right answer
 
 # %% ../../nbs/serving/01_protocol.ipynb #061bedaf
 class ShadowRequest(Struct, forbid_unknown_fields=True):

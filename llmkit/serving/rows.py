@@ -12,7 +12,6 @@ from typing import Any
 from ..engine.request import TokenLogprob
 from ..monitoring.metrics import Finished
 from ..monitoring.requestlog import RequestRow
-from ..security.pii import mask
 from .cache import Reply
 from .calls import Call
 
@@ -33,22 +32,19 @@ def reply_text(call: Call) -> str:
     return call.choices[0].text if call.choices else ""
 
 # %% ../../nbs/serving/05a_rows.ipynb #8563ea34
-def asides(call: Call, keep_text: bool) -> dict[str, Any]:
+def asides(call: Call) -> dict[str, Any]:
     "The columns for what the client said aside."
-    said = {mask(k).text: mask(v).text for k, v in (call.aside.metadata or {}).items()} if keep_text else {}
+    said = call.aside.metadata
     store = None if call.aside.store is None else int(call.aside.store)
     return {"user": call.aside.user, "metadata": json.dumps(said, ensure_ascii=False) if said else "", "store": store}
 
 # %% ../../nbs/serving/05a_rows.ipynb #7fc9d7af
-def row_of(call: Call, keep_text: bool) -> RequestRow:
-    "The call as a row of the request log, its text masked or left out."
+def row_of(call: Call) -> RequestRow:
+    "The call as a row, its text as it is."
     started = [t.started - call.began for t in call.tickets if t.started]
     finish = call.choices[0].finish if call.choices else ""
-    texts = [
-        mask(t).text if keep_text else "" for t in (call.prompts[0].text if call.prompts else "", reply_text(call))
-    ]
     where: dict[str, Any] = {"alias": call.model, "endpoint": call.endpoint, "status": call.status}
-    where |= {"session": call.session, "prompt": texts[0], "completion": texts[1], "error": call.error}
+    where |= {"session": call.session, "error": call.error, "completion": reply_text(call)}
     return RequestRow(
         id=call.id,
         time=call.arrived,
@@ -59,20 +55,23 @@ def row_of(call: Call, keep_text: bool) -> RequestRow:
         ttft_s=call.first_s,
         latency_s=time.perf_counter() - call.began,
         finish=finish or ("abort" if call.choices else ""),
+        prompt=call.prompts[0].text if call.prompts else "",
+        detokenise_s=call.detokenise_s,
+        write_s=call.write_s,
         **where,
-        **asides(call, keep_text),
+        **asides(call),
         mean_logprob=mean_logprob(call),
     )
 
 # %% ../../nbs/serving/05a_rows.ipynb #8a05115c
-def row_again(call: Call, reply: Reply, keep_text: bool) -> RequestRow:
+def row_again(call: Call, reply: Reply) -> RequestRow:
     "The row of a call whose reply came from the cache."
     revision = call.revision.name if call.revision else ""
     took = time.perf_counter() - call.began
     counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
     texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
     where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
-    return RequestRow(*where, *counts, reply.finish, *texts, source="cache", **asides(call, keep_text))
+    return RequestRow(*where, *counts, reply.finish, *texts, source="cache", **asides(call))
 
 # %% ../../nbs/serving/05a_rows.ipynb #3aacd54a
 def count(call: Call, row: RequestRow) -> None:
@@ -87,4 +86,4 @@ def count(call: Call, row: RequestRow) -> None:
         return
     n = len(call.choices) // max(1, len(call.prompts))
     made = (row.prompt_tokens, row.completion_tokens, row.queue_s, row.ttft_s, row.latency_s)
-    m.finish(Finished(row.finish, *made, max_tokens=params.max_tokens, n=n))
+    m.finish(Finished(row.finish, *made, params.max_tokens, n, row.detokenise_s, row.write_s))

@@ -22,14 +22,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 # %% auto #0
-__all__ = ['generate', 'understood', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'routes', 'revisions', 'states',
-           'adapters', 'on_error', 'paths', 'create_app', 'Server', 'end_with_stdin', 'announce', 'run_server']
+__all__ = ['generate', 'understood', 'models', 'label', 'live', 'ready', 'scrape', 'openapi', 'on_error', 'paths', 'create_app',
+           'Server', 'end_with_stdin', 'announce', 'run_server']
 
 # %% ../../nbs/serving/06_server.ipynb #d4bff7fa
 from ..core.errors import LLMKitError, ServiceError
 from ..monitoring.jsonlog import log_as_json
 from .accesslog import front
-from .admin import add_revision, drop_revision, feedback, set_adapter, set_route, set_state
+from .admin import feedback
+from .adminpaths import admin_paths
 from .answer import answer
 from .calls import Call, new_call, prepare
 from .chat import ChatRequest
@@ -38,20 +39,8 @@ from .heads import protocol
 from .http import error_response, json_response, read_body, reply_headers
 from .lookup import listed, route, watched
 from .openapi import description
-from llmkit.serving.protocol import (
-    AdapterRequest,
-    ApiError,
-    CompletionRequest,
-    FeedbackRequest,
-    RevisionRequest,
-    RouteRequest,
-    Shared,
-    StateRequest,
-    aside_of,
-    decode,
-)
+from .protocol import ApiError, CompletionRequest, FeedbackRequest, Shared, aside_of, decode
 from .responses import ResponsesRequest, chat_of, in_words
-from .room import described
 from .state import State, authorise, dead, enter, finish, measure, unready
 from .texts import embeddings, tokenize
 
@@ -61,7 +50,7 @@ async def generate(request: HttpRequest) -> Response:
     state: State = request.app.state.llmkit
     who = authorise(state, request.headers.get("authorization"))
     call = new_call(request.url.path)
-    call.scored = state.log is not None
+    call.scored = bool(state.cfg.log)
     try:
         enter(state, call, who)
         body = await read_body(request, state.cfg.max_body, state.cfg.timeout_s)
@@ -98,11 +87,11 @@ async def models(request: HttpRequest) -> Response:
 
 # %% ../../nbs/serving/06_server.ipynb #4faf72c6
 async def label(request: HttpRequest) -> Response:
-    "`POST /v1/feedback`: a label joins the log's row of `request_id`."
+    "`POST /v1/feedback`: a label joins the row of `request_id`, in the log and in the gauges."
     state: State = request.app.state.llmkit
     authorise(state, request.headers.get("authorization"))
     got = decode(FeedbackRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-    feedback(state, got.request_id, got.name, got.value)
+    feedback(state, got.request_id, got.name, got.value, got.text)
     return json_response({"object": "feedback", "request_id": got.request_id, "name": got.name}, 202)
 
 # %% ../../nbs/serving/06_server.ipynb #748a4c5e
@@ -134,49 +123,6 @@ async def openapi(request: HttpRequest) -> Response:
     "`GET /openapi.json`."
     return Response(description(), media_type="application/json")
 
-# %% ../../nbs/serving/06_server.ipynb #8adc8cca
-async def routes(request: HttpRequest) -> Response:
-    "`GET /admin/routes` and `PUT /admin/routes/{alias}`."
-    state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"), admin=True)
-    if request.method == "PUT":
-        asked = decode(RouteRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-        set_route(state, request.path_params["alias"], asked.weights, asked.shadow)
-    return json_response({"routes": state.router.routes, "shadows": state.router.shadows})
-
-# %% ../../nbs/serving/06_server.ipynb #b07dfe0e
-async def revisions(request: HttpRequest) -> Response:
-    "`GET /admin/revisions`, `PUT` and `DELETE /admin/revisions/{name}`."
-    state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"), admin=True)
-    name = request.path_params.get("name", "")
-    if request.method == "PUT":
-        asked = decode(RevisionRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-        return json_response(await add_revision(state, name, asked.model, asked.variant), 201)
-    if request.method == "DELETE":
-        await drop_revision(state, name)
-    await state.warm.look()
-    return json_response({"revisions": [described(m) for m in state.known.values()]})
-
-# %% ../../nbs/serving/06_server.ipynb #f0e0b6b4
-async def states(request: HttpRequest) -> Response:
-    "`PUT /admin/revisions/{name}/state`."
-    state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"), admin=True)
-    asked = decode(StateRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-    return json_response(await set_state(state, request.path_params["name"], asked.state))
-
-# %% ../../nbs/serving/06_server.ipynb #a24ea5cd
-async def adapters(request: HttpRequest) -> Response:
-    "`PUT` and `DELETE /admin/revisions/{name}/adapters/{adapter}`."
-    state: State = request.app.state.llmkit
-    authorise(state, request.headers.get("authorization"), admin=True)
-    name, adapter, folder = request.path_params["name"], request.path_params["adapter"], ""
-    if request.method == "PUT":
-        body = await read_body(request, state.cfg.max_body, state.cfg.timeout_s)
-        folder = decode(AdapterRequest, body).folder
-    return json_response({"adapters": await set_adapter(state, name, adapter, folder)}, 201 if folder else 200)
-
 # %% ../../nbs/serving/06_server.ipynb #bfb30b27
 async def on_error(request: HttpRequest, error: Exception) -> Response:
     "Any error as an OpenAI-shaped reply; what is not ours says no more than that."
@@ -205,14 +151,8 @@ def paths() -> list[Route]:
         ("/readyz", ready, ["GET"]),
         ("/metrics", scrape, ["GET"]),
         ("/openapi.json", openapi, ["GET"]),
-        ("/admin/routes", routes, ["GET"]),
-        ("/admin/routes/{alias}", routes, ["PUT"]),
-        ("/admin/revisions", revisions, ["GET"]),
-        ("/admin/revisions/{name}", revisions, ["PUT", "DELETE"]),
-        ("/admin/revisions/{name}/state", states, ["PUT"]),
-        ("/admin/revisions/{name}/adapters/{adapter}", adapters, ["PUT", "DELETE"]),
     ]
-    return [Route(path, to, methods=methods) for path, to, methods in table]
+    return [Route(path, to, methods=methods) for path, to, methods in table] + admin_paths()
 
 # %% ../../nbs/serving/06_server.ipynb #754685e1
 def create_app(

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ..core.errors import require
+from ..security.pii import mask
 from .cache import Reply
 
 # %% auto #0
@@ -73,10 +74,14 @@ class RedisCache(Guarded):
 
     def put(self, key: bytes, reply: Reply) -> None:
         "Store the reply without waiting for it."
-        raw = msgspec.msgpack.encode(reply)
-        task = asyncio.create_task(self._try("set", b"llmkit:reply:" + key, raw, ex=KEEP_S))
+        task = asyncio.create_task(self._store(key, reply))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _store(self, key: bytes, reply: Reply) -> None:
+        texts = {"prompt": mask(reply.prompt).text, "completion": mask(reply.completion).text}  # as the log keeps them
+        raw = msgspec.msgpack.encode(msgspec.structs.replace(reply, **texts))
+        await self._try("set", b"llmkit:reply:" + key, raw, ex=KEEP_S)
 
     async def close(self) -> None:
         "Wait for what is being stored and let go of the connections."

@@ -11,18 +11,19 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from ..monitoring.jsonlog import note
 from ..monitoring.metrics import ServerMetrics
-from ..monitoring.requestlog import RequestLog, RequestRow
-from ..monitoring.traces import telemetry_from
+from ..monitoring.plane import Board
+from ..monitoring.requestlog import RequestRow
 from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
 from .breaker import Breaker
 from .cache import Reply, ReplyCache
 from .calls import Call
 from .config import ServeConfig
+from .monitored import new_plane
 from .protocol import ApiError
 from .revisions import Revision, Revisions, load_revision
 from .room import Model
@@ -79,7 +80,8 @@ class State:
         self.revisions = Revisions(load, cfg, self.metrics)
         ask = (lambda revision: engaged(self, revision)), (lambda name: rollout_of(self.router, name))
         self.warm = WarmSet(self.revisions, cfg, self.metrics, *ask)
-        self.log, self.telemetry = RequestLog(cfg.log) if cfg.log else None, telemetry_from(os.environ)
+        self.plane, self.board = new_plane(cfg, os.environ), Board(self.metrics.own)
+        self.watched: WeakSet[Revision] = WeakSet()  # those that the monitor knows
         self.cache = new_cache(cfg, self.metrics)
         self.ready, self.draining, self.failure = False, False, ""
 
@@ -105,6 +107,8 @@ class State:
 async def come_up(state: State) -> None:
     "Know the configured models and load those behind the alias, then others while there is room."
     cfg = state.cfg
+    if state.plane:
+        state.plane.start()
     for name, folder in cfg.models.items():
         state.warm.learn(name, folder, cfg.variant)
     for name, share in state.router.set(cfg.alias, cfg.weights or {next(iter(cfg.models)): 1.0}, state.known).items():
@@ -122,9 +126,8 @@ async def go_down(state: State) -> None:
     await asyncio.gather(*[r.loop.close(state.cfg.drain_s) for r in list(state.loaded.values())])
     if state.cache and state.cache.shared:
         await state.cache.shared.close()
-    for writer in (state.log, state.telemetry):
-        if writer:
-            await asyncio.to_thread(writer.close)
+    if state.plane:
+        await state.plane.end(max(10.0, state.cfg.drain_s))
 
 # %% ../../nbs/serving/05b_state.ipynb #3725464f
 def engaged(state: State, revision: Revision) -> bool:
@@ -229,8 +232,7 @@ def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply
     call.closed = True
     if error is not None:
         call.status, call.error = error.status, error.message
-    text, visit = state.cfg.log_text, state.inside.pop(call, None)
-    row = row_again(call, reply, text) if reply else row_of(call, text)
+    visit, row = state.inside.pop(call, None), row_again(call, reply) if reply else row_of(call)
     if visit is not None and visit.source:
         row.source = visit.source
     if call.revision is not None and (model := state.known.get(call.revision.name)):
@@ -246,10 +248,12 @@ def tell(state: State, call: Call, row: RequestRow) -> None:
     if row.source != "shadow":
         tokens = {"prompt_tokens": row.prompt_tokens, "completion_tokens": row.completion_tokens}
         note(status=row.status, revision=row.revision or None, source=row.source or None, **tokens)
-    if state.telemetry:
-        state.telemetry.record(row)
-    if state.log and call.aside.store is not False:
-        state.log.add(row)
+    if state.plane is None:
+        return
+    if call.revision is not None and call.revision not in state.watched:
+        state.watched.add(call.revision)
+        state.plane.tell({"what": "watch", "revision": row.revision, "folder": str(call.revision.folder)})
+    state.plane.put(row)
 
 # %% ../../nbs/serving/05b_state.ipynb #af97b334
 STALL_S = 120.0  # a step that takes longer has hung
@@ -283,4 +287,11 @@ def measure(state: State) -> None:
     for model in state.known.values():
         warm.labels(model.name).set(model.revision is not None)
         memory.labels(model.name).set(model.memory)
-    state.metrics.own["request_log_dropped"].set(state.log.counts.dropped if state.log else 0)
+    share = state.metrics.own["route_share"]
+    share.clear()
+    for alias, weights in state.router.routes.items():
+        for name, weight in weights.items():
+            share.labels(alias, name).set(weight)
+    state.metrics.own["request_log_dropped"].set(state.plane.dropped if state.plane and state.cfg.log else 0)
+    if state.plane:
+        state.board.show(state.plane.read())
