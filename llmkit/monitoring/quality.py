@@ -6,7 +6,7 @@
 __all__ = ['RESERVED', 'Grader', 'bins_of', 'reliability', 'checked', 'Calibration', 'calibration', 'plot_reliability', 'grade',
            'confidence', 'Quality', 'answered', 'task_metrics', 'quality', 'quality_windows']
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #25c38d57
+# %% ../../nbs/monitoring/05b_quality.ipynb #2a89355d
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ import numpy as np
 from ..core.errors import ConfigError, DataError
 from ..evaluation.fairness import mean_interval, wilson
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #d3075f00
+# %% ../../nbs/monitoring/05b_quality.ipynb #881ee002
 def bins_of(confidence: np.ndarray, bins: int) -> list[np.ndarray]:
     "Indices of the answers in order of confidence, in `bins` parts of equal size (fewer if there are fewer answers)."
     return [b for b in np.array_split(np.argsort(confidence, kind="stable"), bins) if len(b)]
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #279a4664
+# %% ../../nbs/monitoring/05b_quality.ipynb #f9d1612f
 def reliability(
     confidence: Sequence[float] | np.ndarray,  # stated probability of being right, 0..1
     correct: Sequence[float] | np.ndarray,  # 1 or 0
@@ -37,7 +37,7 @@ def reliability(
         rows.append(line | {"answers": len(b), "calibrated": low <= c[b].mean() <= high})
     return rows
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #08fdccfc
+# %% ../../nbs/monitoring/05b_quality.ipynb #07f6b554
 def checked(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
     "Both as arrays; `DataError` if there is nothing in them, or anything but probabilities and 0 or 1."
     c, y = np.asarray(confidence, float), np.asarray(correct, float)
@@ -49,7 +49,7 @@ def checked(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
         raise DataError("an answer is neither right (1) nor wrong (0)", "grade with 0 and 1 to speak of calibration")
     return c, y
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #fc5a8c4a
+# %% ../../nbs/monitoring/05b_quality.ipynb #6500ed5a
 @dataclass
 class Calibration:
     "How far stated confidence and accuracy lie apart."
@@ -70,7 +70,7 @@ class Calibration:
         said = f"off by {self.ece:.3f}, {self.ece_by_chance:.3f} of it by chance (p = {self.p:.3g})"
         return f"{said}; Brier score {self.brier:.3f}, {self.brier_base:.3f} without knowing"
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #a9d617ad
+# %% ../../nbs/monitoring/05b_quality.ipynb #5f90a2ba
 def calibration(
     confidence: Sequence[float] | np.ndarray,
     correct: Sequence[float] | np.ndarray,
@@ -93,7 +93,7 @@ def calibration(
     base = float(y.mean() * (1 - y.mean()))
     return Calibration(len(c), found, float(luck.mean()), float(p), float(((c - y) ** 2).mean()), base)
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #021cb71a
+# %% ../../nbs/monitoring/05b_quality.ipynb #6a3b505c
 def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     "A matplotlib figure of reliability tables by name; below the diagonal, the model says more than it knows."
     from matplotlib.figure import Figure
@@ -106,18 +106,17 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         ends = [[r["accuracy"] - r["low"] for r in rows], [r["high"] - r["accuracy"] for r in rows]]
         axis.errorbar(x, y, ends, marker="o", ms=4, lw=1, capsize=2, label=name)
     least = min((r["confidence"] for rows in tables.values() for r in rows), default=0.0)
-    axis.set(
-        xlabel="stated confidence", ylabel="share that is right", xlim=(max(0, least - 0.05), 1.02), ylim=(0, 1.03)
-    )
+    axis.set(xlabel="stated confidence", ylabel="share that is right")
+    axis.set(xlim=(max(0, least - 0.05), 1.02), ylim=(0, 1.03))
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #a7eb8713
+# %% ../../nbs/monitoring/05b_quality.ipynb #c6c4effd
 RESERVED = ("thumbs", "completed", "label", "session")
 Grader = Callable[[Mapping[str, Any]], float | None]
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #046e1b26
+# %% ../../nbs/monitoring/05b_quality.ipynb #4cec7bad
 def grade(row: Mapping[str, Any]) -> float | None:
     "1 if the answer of a request is right, 0 if not, None if nobody knows (yet)."
     labels = row.get("labels") or {}
@@ -127,13 +126,13 @@ def grade(row: Mapping[str, Any]) -> float | None:
         return None  # no label, or the text was left out of the log
     return float(" ".join(row["completion"].split()).casefold() == " ".join(right.split()).casefold())
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #66e0dd15
+# %% ../../nbs/monitoring/05b_quality.ipynb #889830d5
 def confidence(row: Mapping[str, Any]) -> float | None:
     "The geometric mean of the probabilities of an answer's tokens; None if the log does not say."
     found = row.get("mean_logprob")
     return None if found is None or not math.isfinite(found) else min(1.0, math.exp(found))
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #f734d5b4
+# %% ../../nbs/monitoring/05b_quality.ipynb #5acde5d9
 @dataclass
 class Quality:
     "What labels say of the answers in a window."
@@ -152,12 +151,12 @@ class Quality:
         ends = f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}]"
         return f"accuracy {ends}, {self.labelled} of {self.rows} answers labelled"
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #53d5c557
+# %% ../../nbs/monitoring/05b_quality.ipynb #d60895a8
 def answered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     "The rows that a model answered: no error, no copy for a shadow."
     return [r for r in rows if r["status"] < 400 and r.get("source", "") != "shadow"]
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #dec94b00
+# %% ../../nbs/monitoring/05b_quality.ipynb #12d41b1a
 def task_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     "Mean, interval and number of every numeric label that is not reserved."
     found: dict[str, list[float]] = {}
@@ -173,7 +172,7 @@ def task_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
         made[name] = {"mean": float(x.mean()), "low": low, "high": high, "rows": float(len(x))}
     return made
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #afd0ae36
+# %% ../../nbs/monitoring/05b_quality.ipynb #f45d237b
 def quality(rows: Sequence[Mapping[str, Any]], grader: Grader = grade) -> Quality:
     "Accuracy, calibration and task metrics of request log rows; `DataError` if nothing was answered."
     good = answered(rows)
@@ -188,10 +187,11 @@ def quality(rows: Sequence[Mapping[str, Any]], grader: Grader = grade) -> Qualit
     made.accuracy = float(y.mean())
     made.low, made.high = wilson(float(y.sum()), len(y)) if whole else mean_interval(y)
     said = [(c, g) for r, g in graded if (c := confidence(r)) is not None]
-    made.calibration = calibration(*zip(*said, strict=True)) if whole and said else None
+    if whole and said:
+        made.calibration = calibration([c for c, _ in said], [g for _, g in said])
     return made
 
-# %% ../../nbs/monitoring/05b_quality.ipynb #20d8ff42
+# %% ../../nbs/monitoring/05b_quality.ipynb #53fa91dd
 def quality_windows(
     rows: Sequence[Mapping[str, Any]], seconds: float, grader: Grader = grade
 ) -> list[tuple[float, Quality]]:
