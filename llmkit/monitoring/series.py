@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -149,7 +150,7 @@ class Target:
         try:
             with urlopen(self.url, timeout=self.timeout_s) as reply:
                 return reply.read(self.max_bytes).decode("utf-8")
-        except (URLError, OSError, UnicodeDecodeError) as e:
+        except (URLError, OSError, HTTPException, UnicodeDecodeError) as e:
             raise ServiceError(f"no metrics from {self.instance}: {e}", "is the server running?") from e
 
 # %% ../../nbs/monitoring/07_series.ipynb #2f4f1eac
