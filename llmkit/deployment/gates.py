@@ -38,6 +38,7 @@ class Predicate:
     op: str = ""  # empty: bad is what is true
     value: float | str | None = None
     quantile: float = math.nan  # of the stable revision, 0..1
+    binary: bool = False  # the value must be 0 or 1: a share of them is what a threshold is about
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -74,6 +75,9 @@ def is_bad(row: Mapping[str, Any], rule: Predicate) -> bool | None:
     value = field_of(row, rule.name)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if rule.binary and value not in (0, 1):
+        hint = f"make it an events gate, for example with bad: '{rule.name} < 0.5'"
+        raise DataError(f"{rule.name} is {value!r} and not 0 or 1, so there is no share of it", hint)
     if not rule.op:
         return bool(value)
     if rule.value is None:
@@ -145,7 +149,7 @@ def parse_threshold(text: str) -> tuple[Predicate, float]:
         level, rule = (1 - q if found[4] == ">" else q), Predicate(_FIELDS.get(name, name), found[4], value)
     else:
         name, level = found[3].removesuffix("_rate"), value if found[4] == ">" else 1 - value
-        rule = Predicate(_FIELDS.get(name, name)) if found[4] == ">" else Predicate(name, "<", 1.0)
+        rule = Predicate(_FIELDS.get(name, name)) if found[4] == ">" else Predicate(name, "<", 1.0, binary=True)
     if name in ("drift_score", "drift"):
         raise ConfigError(f"{text!r} is about a score and not about requests", "use the events gate 'drift'")
     if not 0 < level < 1:
