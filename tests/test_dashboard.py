@@ -18,7 +18,7 @@ from llmkit.serving.process import ServerProcess
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 RULES = 'alerts: {slow: {threshold: "P95 > 1ms", severity: warning, for: 0s, note: "Everything is slow."}}'
-TEXT = "document.body.innerText"
+TEXT = "(document.body?.innerText ?? '')"
 
 
 @pytest.fixture(scope="module")
