@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 from ..core.errors import DataError, GateError
 from ..core.run import locked, read_json, read_result, write_json
+from ..deployment.plan import seconds
 from ..deployment.retraining import Decision, Facts, RetrainPolicy, accuracy_of, decide, marked
 from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
-           'facts_of', 'Outcome', 'untracked', 'carry_out', 'measured', 'new_entry', 'retrain']
+           'facts_of', 'Outcome', 'retraining_row', 'lately', 'untracked', 'carry_out', 'measured', 'new_entry',
+           'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -171,6 +173,21 @@ class Outcome:
             return self.decision
         made = f"version {self.entry.version} is candidate" if self.entry.version else self.entry.note
         return f"{self.decision}\n{self.entry.status}: {made}"
+
+# %% ../../nbs/cli/13a_retrain.ipynb #127a03b8
+def retraining_row(outcome: Outcome) -> dict[str, Any]:
+    "An outcome as a line of a report."
+    e = outcome.entry
+    line: dict[str, Any] = {"decision": outcome.decision, "status": "none", "version": None, "data": "", "note": ""}
+    return line | ({"status": e.status, "version": e.version, "data": Path(e.data).name, "note": e.note} if e else {})
+
+# %% ../../nbs/cli/13a_retrain.ipynb #be6251c2
+def lately(
+    rows: Sequence[Mapping[str, Any]], policy: RetrainPolicy, now: float | None = None
+) -> list[Mapping[str, Any]]:
+    "The rows of a log that a policy looks at."
+    since = (time.time() if now is None else now) - seconds(policy.when.since)
+    return [r for r in rows if r["time"] >= since]
 
 # %% ../../nbs/cli/13a_retrain.ipynb #a69db279
 def untracked(folder: Path) -> None:

@@ -119,7 +119,9 @@ def panel(watcher: Watcher, title: str, names: Mapping[str, str], bound: float |
             label = " ".join(p for p in (names[name], "" if line == "all" else line) if p) or "all"
             lines[label] = list(points)
     unit = signal(known[0]).unit if known else "count"
-    return chart(title, lines, unit, (end - 60 * minutes, end), bound)
+    first = min((points[0][0] for points in lines.values() if points), default=end)
+    start = max(end - 60 * minutes, min(first, end - 60))  # a line of a minute need not be a dot in an hour
+    return chart(title, lines, unit, (start, end), bound)
 
 # %% ../../nbs/demos/02_dashboard.ipynb #6d79b083
 def charts(watcher: Watcher, minutes: float) -> str:
@@ -156,7 +158,7 @@ CSS = """
 .lk-tile,.lk-card{background:var(--background-fill-secondary);border:1px solid var(--border-color-primary);
 border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-tile b{display:block;font-size:1.55rem;line-height:1.2;font-variant-numeric:tabular-nums}
-.lk-tile span,.lk-legend,.lk-none{color:var(--body-text-color-subdued);font-size:.85rem}
+.lk-tile span,.lk-legend,.lk-none{color:var(--body-text-color);opacity:.75;font-size:.85rem}
 .lk-tile.good b{color:#2e9d6a}.lk-tile.bad b{color:#d1495b}
 .lk-charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:12px}
 .lk-title{font-weight:600;margin-bottom:4px}
@@ -165,14 +167,15 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-legend b{color:var(--body-text-color);font-variant-numeric:tabular-nums}
 .lk-card svg{width:100%;height:auto;display:block}
 .lk-card svg path{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
-.lk-card svg text{fill:var(--body-text-color-subdued);font-size:10.5px}
+.lk-card svg text{fill:var(--body-text-color);font-size:12px;opacity:.8}
 .lk-grid{stroke:var(--border-color-primary);stroke-width:1}
 .lk-bound{stroke:#d1495b;stroke-width:1.2;stroke-dasharray:5 4}
 .lk-none{padding:18px 0}.lk-error{padding:14px 0;color:#d1495b;font-size:.9rem}
 .lk-card+.lk-card{margin-top:12px}.lk-charts .lk-card{margin-top:0}
 .lk-scroll{overflow-x:auto}.lk-card table{width:100%;border-collapse:collapse;font-size:.88rem}
-.lk-card th{text-align:left;font-weight:500;color:var(--body-text-color-subdued);padding:4px 10px 4px 0}
-.lk-card td{padding:5px 10px 5px 0;border-top:1px solid var(--border-color-primary);vertical-align:top}
+.lk-card th,.lk-card td{border:0!important;text-align:left;vertical-align:top;padding:5px 14px 5px 0!important}
+.lk-card th{font-weight:500!important;opacity:.7}
+.lk-card td{border-top:1px solid var(--border-color-primary)!important}
 """
 
 # %% ../../nbs/demos/02_dashboard.ipynb #e1f4cbd1
@@ -184,9 +187,10 @@ def page(watcher: Watcher, every: float = 2.0) -> Any:
         return tiles(watcher.seen), charts(watcher, minutes), tables(watcher)
 
     with gr.Blocks(title="llmkit: dashboard", fill_width=True) as demo:
-        gr.Markdown(f"### {watcher.places.base}")
+        with gr.Row(equal_height=True):
+            gr.Markdown(f"### {watcher.places.base}")
+            minutes = gr.Slider(1, 60, value=10, step=1, label="Minutes back")
         numbers = gr.HTML(tiles(watcher.seen))
-        minutes = gr.Slider(1, 60, value=10, step=1, label="Minutes back", container=False)
         lines, below = gr.HTML(), gr.HTML()
         parts = [numbers, lines, below]
         demo.load(look, minutes, parts, api_name="look", show_progress="hidden")

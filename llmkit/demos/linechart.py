@@ -44,7 +44,7 @@ def shown(value: float | None, unit: str) -> str:
 
 # %% ../../nbs/demos/01a_linechart.ipynb #e1d1c14d
 COLORS = ("#2f7ed8", "#e07a1f", "#2e9d6a", "#b0489b", "#8a6fd1", "#c0392b")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 520.0, 150.0, 54.0, 10.0, 20.0
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360.0, 140.0, 58.0, 10.0, 22.0
 
 
 def nice_top(value: float) -> float:

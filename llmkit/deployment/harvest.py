@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'by_split', 'as_document', 'old_windows', 'old_pairs', 'count_tokens', 'split_texts', 'split_pairs',
-           'write_files', 'manifest', 'Harvest', 'harvest', 'held_preferences']
+           'write_files', 'manifest', 'Harvest', 'harvest', 'held_preferences', 'harvested_prompts']
 
 # %% ../../nbs/deployment/06a_harvest.ipynb #35c963ae
 import math
@@ -188,3 +188,10 @@ def held_preferences(data: str | Path, split: str, chat: bool = False) -> list[d
             f"{data} has no preferences from {kind} in {split}", "collect thumbs down, and labels with them"
         )
     return [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in found]
+
+# %% ../../nbs/deployment/06a_harvest.ipynb #a5189133
+def harvested_prompts(data: str | Path, most: int = 512) -> list[str]:
+    "Up to `most` prompts of a harvest, spread evenly over it; empty for other data."
+    path = Path(data) / "prompts.jsonl"
+    texts = [row["prompt"] for row in read_rows(path)] if path.exists() else []
+    return [texts[i] for i in np.unique(np.linspace(0, len(texts) - 1, most).round().astype(int))] if texts else []
