@@ -60,7 +60,7 @@ def read_all(
     seconds: float,
 ) -> list[str | None]:
     "The page of each target, `None` where there is none within `seconds`."
-    reading = {i: late.pop(i, None) or Reading(t) for i, t in enumerate(targets)}
+    reading = {i: late.pop(i) if i in late else Reading(t) for i, t in enumerate(targets)}
     until = time.monotonic() + seconds
     for i, r in reading.items():
         r.join(max(0.0, until - time.monotonic()))

@@ -6,7 +6,7 @@
 __all__ = ['TELL_S', 'DONE_S', 'Feed', 'Back', 'Outbox', 'work_on', 'serve_work', 'Worker', 'FeedPlane', 'SelfRepairing',
            'ProcessPlane', 'worker_command']
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #25096dd1
+# %% ../../nbs/monitoring/01e_feed.ipynb #a5e76c22
 import asyncio
 import contextlib
 import fcntl
@@ -31,7 +31,7 @@ from .gpu import Reading
 from .logfile import Label, RequestRow
 from .plane import SLICE, Item, Plane, Ring, Work
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #dbdd0329
+# %% ../../nbs/monitoring/01e_feed.ipynb #dc7eaa4a
 @dataclass(slots=True)
 class Feed:
     "What the worker gets."
@@ -41,7 +41,7 @@ class Feed:
     question: dict[str, Any] = field(default_factory=dict)
     number: int = 0  # of the question; 0: no answer is wanted
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #01b46b01
+# %% ../../nbs/monitoring/01e_feed.ipynb #8a805bf2
 @dataclass(slots=True)
 class Back:
     "What the worker tells."
@@ -51,7 +51,7 @@ class Back:
     number: int = 0
     answer: dict[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #c84cb859
+# %% ../../nbs/monitoring/01e_feed.ipynb #b823559e
 class Outbox:
     "Whole messages into a file descriptor that never blocks."
 
@@ -80,7 +80,7 @@ class Outbox:
             self._held.clear()
         return True
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #1ad44f9e
+# %% ../../nbs/monitoring/01e_feed.ipynb #1b3bc376
 TELL_S, DONE_S = 0.5, 0.05  # seconds between readings, and between reports of what is done
 
 
@@ -108,16 +108,17 @@ def work_on(work: Work, inbox: Messages, out: Outbox) -> None:
     work.close()
     out.add(Back(work.done, work.read()))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #561d3aee
+# %% ../../nbs/monitoring/01e_feed.ipynb #0df267ee
 def serve_work(work: Work, fd_in: int, fd_out: int) -> None:
     "The body of a worker process."
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        os.nice(5)
+    with contextlib.suppress(OSError, AttributeError):  # not every system has it
+        os.nice(10)
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     work_on(work, Messages(fd_in, Feed), Outbox(fd_out))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #68074377
+# %% ../../nbs/monitoring/01e_feed.ipynb #f48bd49f
 class Worker:
     "A running worker process: what was sent, what is done."
 
@@ -158,7 +159,7 @@ class Worker:
                 os.close(fd)
         return self.sent - self.done
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #7477899e
+# %% ../../nbs/monitoring/01e_feed.ipynb #e5184e83
 class FeedPlane(Plane):
     "Moves items from the ring into the worker's pipe, in slices, on the event loop."
 
@@ -198,7 +199,7 @@ class FeedPlane(Plane):
             return time.monotonic() - self._worker.waiting[0][1]
         return super().behind()
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #3cee1a5b
+# %% ../../nbs/monitoring/01e_feed.ipynb #8f2fb391
 class SelfRepairing(FeedPlane):
     "Starts the worker, hears it, and replaces it when it dies."
 
@@ -251,7 +252,7 @@ class SelfRepairing(FeedPlane):
         self._answers.clear()
         self._loop.call_later(self._wait, self._begin)
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #430c845c
+# %% ../../nbs/monitoring/01e_feed.ipynb #24aac672
 class ProcessPlane(SelfRepairing):
     "The sinks in a process of their own: what a server uses."
 
@@ -305,7 +306,7 @@ class ProcessPlane(SelfRepairing):
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(max(0.0, until - time.monotonic()))
 
-# %% ../../nbs/monitoring/01e_feed.ipynb #8d2c1be3
+# %% ../../nbs/monitoring/01e_feed.ipynb #aa2bcc0c
 def worker_command(spec: Mapping[str, Any], module: str = "llmkit.monitoring.worker") -> list[str]:
     "How a worker process is started: `module` gets the JSON of `spec` and two file descriptors."
     return [sys.executable, "-m", module, json.dumps(dict(spec))]

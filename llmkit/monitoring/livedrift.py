@@ -6,7 +6,7 @@
 __all__ = ['ENDPOINT', 'KINDS', 'SAVE_S', 'Fresh', 'Detector', 'new_detector', 'Watched', 'plain', 'load_state', 'save_state',
            'LiveDrift']
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #5b457092
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #8f16e958
 import json
 import logging
 import math
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from hashlib import blake2b
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 from ..core.card import ModelCard
@@ -25,7 +26,7 @@ from .gpu import Reading
 from .logfile import RequestRow
 from .plane import Sink
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #51d3b8ea
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #099fa423
 ENDPOINT = "/v1/completions"  # of a profile that names none
 
 
@@ -47,7 +48,7 @@ class Fresh:
             self.seen.popitem(last=False)
         return True
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #d48ac7d2
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #76605384
 class Detector(Protocol):
     "What finds drift."
 
@@ -86,7 +87,7 @@ def new_detector(block: Mapping[str, Any], run_length: float, model: str) -> Det
 
     return DriftDetector(block, run_length, model=model)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #0a029d4d
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #58f01bb1
 KINDS = ("prompts", "predictions")
 
 
@@ -126,7 +127,7 @@ class Watched:
 def _has_endpoint(block: Any) -> bool:
     return isinstance(block, Mapping) and bool(block.get("endpoint"))
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #a80cfa76
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #806ed17a
 def plain(value: Any) -> Any:
     "`value` as JSON can have it: dataclasses as dictionaries, arrays as lists, numbers that are none as null."
     if is_dataclass(value) and not isinstance(value, type):
@@ -140,7 +141,7 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #e979ab3a
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #4f6c45f4
 def load_state(file: Path | None) -> dict[str, Any]:
     "The states in a file, empty if there are none or they cannot be read."
     if file is None or not file.is_file():
@@ -162,7 +163,7 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
     except OSError as e:
         logging.getLogger(__name__).warning("the state of drift is not kept: %s", e)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #f071ba20
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #be8c81e2
 SAVE_S = 30.0
 
 
@@ -174,9 +175,10 @@ class LiveDrift(Sink):
         run_length: float = 1e5,  # rows between two false alarms, at least, on average
         file: str | Path = "",  # where the state is kept; empty: nowhere
         examples: bool = True,  # whether reports may show texts: those that the log keeps
+        most: int = 64,  # rows of a revision in a batch; of more, as many at random
         make: Callable[..., Detector] = new_detector,
     ) -> None:
-        self.examples = examples
+        self.examples, self.most, self.skipped, self.chance = examples, most, 0, Random(0)
         self.run_length, self.file, self.make = run_length, Path(file) if file else None, make
         self.watched: dict[str, Watched] = {}
         self.unwatched: dict[str, str] = {}  # revision -> why
@@ -202,12 +204,16 @@ class LiveDrift(Sink):
     def take(self, rows: Sequence[RequestRow]) -> None:
         "Let the detectors of each revision see its rows, but not those that ask not to be stored."
         for name, watched in self.watched.items():
-            if own := [r for r in rows if r.revision == name and r.store != 0]:
+            own = [r for r in rows if r.revision == name and r.store != 0]
+            if len(own) > self.most:
+                self.skipped += len(own) - self.most
+                own = [own[i] for i in sorted(self.chance.sample(range(len(own)), self.most))]
+            if own:
                 watched.take(own)
 
     def read(self) -> list[Reading]:
         "Evidence, alarms and the score's lower bound."
-        found = []
+        found = [Reading("drift_skipped_total", float(self.skipped))]
         for revision, watched in self.watched.items():
             for kind, d in watched.detectors.items():
                 at = {"revision": revision, "kind": kind}

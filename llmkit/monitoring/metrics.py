@@ -181,6 +181,7 @@ OWN |= {
     "drift_score": (Gauge, "At least this share of the traffic has moved, with 95 % confidence", _AT),
     "drift_evidence_log10": (Gauge, "Evidence for drift, log10; the alarm is at log10 of the run length", _AT),
     "drift_alarms": (Counter, "Drift alarms", _AT),
+    "drift_skipped": (Counter, "Rows that drift did not look at because too many came at once", ()),
     "monitor_dropped": (Counter, "Rows that the monitor had no room for, or lost with its worker", ()),
     "monitor_behind_seconds": (Gauge, "How long ago the oldest row came that the monitor has not looked at", ()),
     "monitor_sink_failures": (Counter, "Batches that a part of the monitor failed on", ("sink",)),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Item', 'SLICE', 'Ring', 'Sink', 'masked_json', 'masked', 'Work', 'Board', 'Plane', 'ThreadPlane']
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #90782e11
+# %% ../../nbs/monitoring/01d_plane.ipynb #f86a9260
 import asyncio
 import json
 import logging
@@ -21,7 +21,7 @@ from .gpu import Reading
 from .logfile import Label, RequestRow
 from ..security.pii import mask
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #b01e9a84
+# %% ../../nbs/monitoring/01d_plane.ipynb #4205cbb0
 Item = RequestRow | Label  # what goes through the planes
 
 
@@ -66,7 +66,7 @@ class Ring:
         except IndexError:
             return None
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #30403abb
+# %% ../../nbs/monitoring/01d_plane.ipynb #467ea5c1
 class Sink:
     "Something that wants every row; subclasses override what they need."
 
@@ -87,7 +87,7 @@ class Sink:
     def close(self) -> None:
         "Write what is left."
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #cfed9032
+# %% ../../nbs/monitoring/01d_plane.ipynb #f015c5bd
 def masked_json(text: str) -> str:
     "A flat JSON object with its keys and values masked."
     said = {mask(k).text: mask(v).text for k, v in json.loads(text).items()} if text else {}
@@ -103,7 +103,7 @@ def masked(item: Item) -> Item:
     metadata = masked_json(item.metadata)
     return replace(item, prompt=prompt, completion=completion, error=error, metadata=metadata)
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #6651e7b4
+# %% ../../nbs/monitoring/01d_plane.ipynb #3237501b
 class Work:
     "The sinks, and how many items went through them."
 
@@ -145,7 +145,7 @@ class Work:
         for sink in self.sinks:
             sink.close()
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #1593a24b
+# %% ../../nbs/monitoring/01d_plane.ipynb #a517ec06
 class Board:
     "Shows what the worker told on the metric families of the server."
 
@@ -171,7 +171,7 @@ class Board:
                 self._families[name].remove(*(dict(at)[n] for n in self._families[name]._labelnames))
         self._shown = now
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #df8bfb6c
+# %% ../../nbs/monitoring/01d_plane.ipynb #0571dd9a
 SLICE = 8  # items that are handled at a time
 
 
@@ -179,7 +179,7 @@ class Plane:
     "A ring and who empties it; base of the planes with a thread and with a process behind it."
 
     def __init__(self, ring: Ring | None = None, gather_s: float = 0.02) -> None:
-        self.ring, self.gather_s = ring or Ring(), gather_s
+        self.ring, self.gather_s = Ring() if ring is None else ring, gather_s  # one that is empty is falsy
         self.lost, self.restarts, self.readings = 0, 0, list[Reading]()
 
     def start(self) -> None:
@@ -216,7 +216,7 @@ class Plane:
         own = [Reading("monitor_dropped_total", float(self.dropped)), Reading("monitor_behind_seconds", self.behind())]
         return [*own, Reading("monitor_restarts_total", float(self.restarts)), *self.readings]
 
-# %% ../../nbs/monitoring/01d_plane.ipynb #bd55eeb8
+# %% ../../nbs/monitoring/01d_plane.ipynb #f73e7d69
 class ThreadPlane(Plane):
     "The sinks in a thread of this process: for notebooks, tests and jobs."
 
