@@ -81,7 +81,7 @@ def retrain_stages(policy: RetrainPolicy, served: Served, data: str) -> list[Sta
         return done.output(job, "model")
 
     def register(done: Results) -> dict[str, Any]:
-        given = {"model": trained(done), "data": data, "evaluation": done.folder("evaluate_model")}
+        given: dict[str, Any] = {"model": trained(done), "data": data, "evaluation": done.folder("evaluate_model")}
         given |= {"name": policy.name, "tracking": served.tracking, "prompts": 512, "prompt_tokens": 0}
         return job_params("register_model", given)
 

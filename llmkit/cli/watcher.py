@@ -66,7 +66,17 @@ class Source:
             return default
 
 # %% ../../nbs/cli/13b_watcher.ipynb #41a5f7df
-SIGNALS = ("throughput", "tokens_per_second", "P50", "P95", "P99", "ttft_p95", "error_rate", "rejected_rate", "queue")
+SIGNALS: tuple[str, ...] = (
+    "throughput",
+    "tokens_per_second",
+    "P50",
+    "P95",
+    "P99",
+    "ttft_p95",
+    "error_rate",
+    "rejected_rate",
+    "queue",
+)
 SIGNALS += ("running", "kv_cache_usage", "drift_score", "drift_evidence", "accuracy", "satisfaction", "cpu", "memory")
 Points = deque[tuple[float, float]]
 

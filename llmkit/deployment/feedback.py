@@ -102,8 +102,8 @@ def as_said(row: Mapping[str, Any], prompt: str, masked: Counter[str]) -> Said:
     pleased = None if thumbs is None else float(thumbs) >= 0.5
     if labels.get("completed") == 0:
         pleased = False  # the task failed, whatever the thumb says
-    texts = [f.text for f in found]
-    return Said(row["id"], who, is_chat(row), *texts, pleased, user, session)
+    asked_, answer, label = (f.text for f in found)
+    return Said(row["id"], who, is_chat(row), asked_, answer, label, pleased, user, session)
 
 # %% ../../nbs/deployment/06_feedback.ipynb #1162bb14
 def unusable(row: Mapping[str, Any], prompt: str | None, take: Take) -> str:

@@ -45,7 +45,7 @@ class Meters:
 # %% ../../nbs/monitoring/05g_replay.ipynb #7d90f137
 SEEN = {"llmkit:http_responses_total", "llmkit:accuracy", "vllm:request_success_total"}
 SEEN |= {"vllm:generation_tokens_total", "vllm:prompt_tokens_total"}
-TIMED = ("e2e_request_latency", "time_to_first_token", "request_queue_time", "request_prefill_time")
+TIMED: tuple[str, ...] = ("e2e_request_latency", "time_to_first_token", "request_queue_time", "request_prefill_time")
 TIMED += ("request_decode_time", "request_time_per_output_token")
 
 
