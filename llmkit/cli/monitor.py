@@ -98,7 +98,12 @@ def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 
             continue
         detectors[kind] = DriftDetector(card.profile[kind], run_length, model=card.revision)
         r = detectors[kind].detect(live)
-        line = {"of": kind, "verdict": "drift" if r.alarm else "quiet", "since row": r.since, "rows": r.rows}
+        line: dict[str, Any] = {
+            "of": kind,
+            "verdict": "drift" if r.alarm else "quiet",
+            "since row": r.since,
+            "rows": r.rows,
+        }
         line |= {"moved, at least": r.score_low, "mostly in": r.feature if r.alarm else None}
         lines.append(line | {"evidence, log10": max(r.path)})
     return {"Drift": lines}, detectors
