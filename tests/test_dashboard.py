@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,9 @@ from chromium import MISSING, PROGRAM, Browser
 from llmkit.cli.watcher import Places, Watcher
 from llmkit.core.tiny import tiny_model
 from llmkit.demos.dashboard import launch
+from llmkit.deployment.journal import Book
+from llmkit.deployment.plan import Plan
+from llmkit.deployment.state import RolloutState
 from llmkit.deployment.traffic import drive
 from llmkit.monitoring.alerts import read_rules
 from llmkit.serving.process import ServerProcess
@@ -40,7 +42,9 @@ def dark(page: Browser, wanted: bool) -> None:
 def test_the_dashboard_shows_what_happens(server: ServerProcess, tmp_path: Path) -> None:
     """Requests appear, a rule rings, routes are shown, a missing source says what to do, a stopped server is down."""
     log = server.args[server.args.index("--log") + 1]
-    places = Places(server.url, server.admin_key, str(log), rollouts=str(tmp_path / "none"))
+    state = RolloutState(alias="llmkit", canary="canary-2", stable="stable-1", plan=Plan().to_dict())
+    Book.create(tmp_path / "rollouts" / "monday", state, "ann", "a better model").close()
+    places = Places(server.url, server.admin_key, str(log), rollouts=str(tmp_path / "rollouts"))
     drive(server.url, ["def read"] * 4, max_tokens=4)
     with Watcher(places, every=0.5, rules=read_rules(RULES)) as watcher, Browser(tmp_path / "profile") as page:
         demo = launch(watcher)
@@ -51,9 +55,18 @@ def test_the_dashboard_shows_what_happens(server: ServerProcess, tmp_path: Path)
             page.until("document.querySelectorAll('.lk-charts svg').length >= 5", 30)
             page.until(f"{TEXT}.includes('Everything is slow.') && {TEXT}.includes('firing')", 30)
             text = page.js(TEXT)
-            for words in ("stable-1", "canary-2", "0.25", "P95", "Time to first token", "throughput"):
+            for words in (
+                "stable-1",
+                "canary-2",
+                "0.25",
+                "P95",
+                "Time to first token",
+                "throughput",
+                "monday",
+                "planned",
+            ):
                 assert words in text, words
-            assert "not watched: give the folder of retrainings" in text and "there is no folder" in text
+            assert "not watched: give the folder of retrainings" in text
             assert not any(word in text for word in ("Traceback", "undefined", "NaN")), text
             before = page.js("document.querySelector('.lk-tile:nth-child(2) b').textContent")
             assert before not in ("–", "0/s"), before
@@ -69,4 +82,3 @@ def test_the_dashboard_shows_what_happens(server: ServerProcess, tmp_path: Path)
             page.until(f"{TEXT}.includes('down')", 30)
         finally:
             demo.close(verbose=False)
-    print(json.dumps({"light": str(tmp_path / "light.png")}))

@@ -66,8 +66,7 @@ def german_users(server: ServerProcess, admin: AdminClient, log: Path, n: int) -
     for i, (reply, row) in enumerate(zip(replies, said, strict=True)):
         assert not reply.error, reply
         if i % 2:
-            right = {"request_id": reply.id, "name": "label", "text": row["labels"]["label"]}
-            admin.call("POST", "/v1/feedback", right)
+            admin.feedback(reply.id, "label", row["labels"]["label"])
     end = time.monotonic() + 20
     while sum("label" in r["labels"] for r in read_requests(log)) < n // 2:
         assert time.monotonic() < end, "the labels are not in the log"

@@ -78,6 +78,7 @@ SIGNALS: tuple[str, ...] = (
     "queue",
 )
 SIGNALS += ("running", "kv_cache_usage", "drift_score", "drift_evidence", "accuracy", "satisfaction", "cpu", "memory")
+SIGNALS += ("task_completion", "cost_per_request", "disk_free", "gpu_utilization")
 Points = deque[tuple[float, float]]
 
 
