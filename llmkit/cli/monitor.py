@@ -10,21 +10,20 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .watcher import Places, Watching
-from ..core.errors import ConfigError, DataError
-from ..demos.dashboard import dashboard
+from .watcher import Places, Watcher, Watching
+from ..core.errors import ConfigError, DataError, require
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Look at a served model: drift, quality, cost, alerts, dashboards.",
 )
-app.command("dashboard")(dashboard)
 Log = Annotated[str, typer.Option(help="The server's request log.")]
 Url = Annotated[str, typer.Option(help="Address of a running server.")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="For routes and revisions.")]
@@ -35,8 +34,8 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
 __all__ = ['app', 'Log', 'Url', 'Key', 'Model', 'Since', 'Rules', 'Json', 'Tables', 'digits', 'put', 'rows_of', 'drift_of',
-           'look_at_log', 'look_at_server', 'look', 'write_rules', 'routes_of', 'draw', 'retrain_command', 'run',
-           'Telling']
+           'look_at_log', 'look_at_server', 'look', 'write_rules', 'routes_of', 'draw', 'retrain_command', 'dashboard',
+           'run', 'Telling']
 
 # %% ../../nbs/cli/13_monitor.ipynb #088dd869
 Tables = dict[str, list[dict[str, Any]]]
@@ -232,6 +231,26 @@ def retrain_command(
     served = Served(model, data, tracking, Path(log).name)
     outcome = retrain(rules, served, rows, alarms, loop or policy.with_suffix(""), force)
     print(json.dumps(retraining_row(outcome) | outcome.metrics) if as_json else outcome)
+
+# %% ../../nbs/cli/13_monitor.ipynb #1836d80a
+@app.command()
+def dashboard(
+    url: Url = "http://127.0.0.1:8000",
+    admin_key: Key = "",
+    log: Log = "",
+    rollouts: Annotated[str, typer.Option(help="Folder of rollouts.")] = "",
+    loop: Annotated[str, typer.Option(help="Folder of retrainings.")] = "",
+    rules: Rules = "",
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
+) -> None:
+    "Open a page with live numbers, lines, alerts and rollouts, until Ctrl-C."
+    from llmkit.monitoring.alerts import read_rules
+
+    require("gradio", "demo")
+    judged = read_rules(Path(rules)) if rules else None
+    with Watcher(Places(url, admin_key, log, rollouts, loop), every, rules=judged) as watcher:
+        import_module("llmkit.demos.dashboard").launch(watcher, port, block=True)
 
 # %% ../../nbs/cli/13_monitor.ipynb #d02676ac
 @app.command()

@@ -8,9 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..cli.watcher import Places, Seen, Source, Watcher
 from ..core.errors import require
@@ -19,7 +17,7 @@ from ..monitoring.signals import signal
 
 # %% auto #0
 __all__ = ['PANELS', 'CSS', 'worst', 'tiles', 'ago', 'rows_table', 'cell_text', 'section', 'alert_rows', 'panel', 'charts',
-           'tables', 'log_rows', 'page', 'launch', 'dashboard']
+           'tables', 'log_rows', 'page', 'launch']
 
 # %% ../../nbs/demos/02_dashboard.ipynb #caee14ee
 def worst(seen: Seen, name: str, how: Callable[..., float] = max) -> float | None:
@@ -205,24 +203,3 @@ def launch(watcher: Watcher, port: int | None = None, block: bool = False) -> An
     how = {"css": CSS, "inline": False}
     demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=not block, quiet=not block, **how)
     return demo
-
-# %% ../../nbs/demos/02_dashboard.ipynb #74fec32b
-def dashboard(
-    url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000",
-    admin_key: Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="For routes and revisions.")] = "",
-    log: Annotated[str, typer.Option(help="The server's request log.")] = "",
-    rollouts: Annotated[str, typer.Option(help="Folder of rollouts.")] = "",
-    loop: Annotated[str, typer.Option(help="Folder of retrainings.")] = "",
-    rules: Annotated[str, typer.Option(help="Alert rules, a YAML file; those that ship without it.")] = "",
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
-    port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
-) -> None:
-    "Open the dashboard in the browser, until Ctrl-C."
-    from pathlib import Path
-
-    from llmkit.monitoring.alerts import read_rules
-
-    require("gradio", "demo")
-    judged = read_rules(Path(rules)) if rules else None
-    with Watcher(Places(url, admin_key, log, rollouts, loop), every, rules=judged) as watcher:
-        launch(watcher, port, block=True)
