@@ -69,13 +69,12 @@ def put(tables: Tables, as_json: bool = False) -> None:
             console.print(table, "")
 
 # %% ../../nbs/cli/13_monitor.ipynb #f2d067a8
-def rows_of(log: str, since: str = "", now: float | None = None) -> list[dict[str, Any]]:
+def rows_of(log: str, since: str = "") -> list[dict[str, Any]]:
     "The rows of a log, the last of them where `since` says how far back; `DataError` if there are none."
     from llmkit.deployment.plan import seconds
     from llmkit.monitoring.requestlog import read_requests
 
-    begin = 0.0 if not since else (time.time() if now is None else now) - seconds(since)
-    rows = read_requests(log, since=begin)
+    rows = read_requests(log, since=time.time() - seconds(since) if since else 0.0)
     if not rows:
         when = f" in the last {since}" if since else ""
         raise DataError(f"{log} has no requests{when}", "send some, or look further back")

@@ -48,6 +48,11 @@ class CompareJob(Config):
         "Seconds, for tests."
         return cls(**{"windows": 16} | values)
 
+    @classmethod
+    def quickstart(cls, **values: Any) -> Self:
+        "Enough windows for an interval of a few hundredths of a nat."
+        return cls(**{"windows": 128, "window_tokens": 64} | values)
+
 # %% ../../nbs/deployment/06c_candidate.ipynb #9e8f2885
 def held_windows(prepared: Prepared, n: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     "Up to `n` windows of the test split, int64 [n, length], and the number of each one's document."

@@ -117,6 +117,11 @@ class PreferJob(Config):
         "Seconds, for tests."
         return cls(**{"steps": 4} | values)
 
+    @classmethod
+    def quickstart(cls, **values: Any) -> Self:
+        "A few minutes with a model of a few million parameters."
+        return cls(**{"steps": 60, "batch_size": 8} | values)
+
 # %% ../../nbs/deployment/06b_retraining.ipynb #09ab8a2f
 FURTHER: dict[str, Any] = {"lr": 1.5e-3, "table_lr": 2e-3, "decay": 1.0, "clip": 1.0, "mix": 0.0}
 OURS = ("out", "base", "data")
