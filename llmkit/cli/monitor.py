@@ -19,11 +19,9 @@ import typer
 from .watcher import Places, Watcher, Watching
 from ..core.errors import ConfigError, DataError, require
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    help="Look at a served model: drift, quality, cost, alerts, dashboards.",
-)
+SAID = "Look at a served model: drift, quality, cost, alerts, dashboards."
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=SAID)
+app.callback()(lambda: None)  # commands have names, however few of them there are
 Log = Annotated[str, typer.Option(help="The server's request log.")]
 Url = Annotated[str, typer.Option(help="Address of a running server.")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="For routes and revisions.")]
@@ -33,9 +31,9 @@ Rules = Annotated[str, typer.Option(help="Alert rules, a YAML file; those that s
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
-__all__ = ['app', 'Log', 'Url', 'Key', 'Model', 'Since', 'Rules', 'Json', 'Tables', 'digits', 'put', 'rows_of', 'drift_of',
-           'look_at_log', 'look_at_server', 'look', 'write_rules', 'routes_of', 'draw', 'retrain_command', 'dashboard',
-           'run', 'Telling']
+__all__ = ['SAID', 'app', 'Log', 'Url', 'Key', 'Model', 'Since', 'Rules', 'Json', 'Tables', 'digits', 'put', 'rows_of',
+           'drift_of', 'look_at_log', 'look_at_server', 'look', 'write_rules', 'routes_of', 'draw', 'retrain_command',
+           'dashboard', 'run', 'Telling']
 
 # %% ../../nbs/cli/13_monitor.ipynb #088dd869
 Tables = dict[str, list[dict[str, Any]]]

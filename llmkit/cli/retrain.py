@@ -67,7 +67,8 @@ def comparison_params(policy: RetrainPolicy, served: Served, model: str, data: s
     "What compare_models is told."
     gates = {k: getattr(policy.gates, k) for k in ("windows", "window_tokens", "new_drop", "old_rise")}
     texts = {"model": model, "champion": served.model, "old": served.data, "new": data}
-    return job_params("compare_models", texts | gates)
+    liked = {"liked": True, "chat": policy.train.get("chat", False)} if policy.how == "dpo" else {}
+    return job_params("compare_models", texts | gates | liked)
 
 # %% ../../nbs/cli/13a_retrain.ipynb #fecf46a3
 BUDGETS = {"train": 120.0, "evaluate_model": 30.0, "compare_models": 15.0, "register_model": 12.0}

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CompareJob', 'held_windows', 'loss_documents', 'compare_losses', 'candidate_checks', 'candidate_table', 'german_rows',
-           'trained_on', 'own_harvest', 'own_candidate']
+           'trained_on', 'own_harvest', 'own_candidate', 'answer_score', 'margins', 'compare_preferences',
+           'preference_checks']
 
 # %% ../../nbs/deployment/06c_candidate.ipynb #53c591cc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -36,6 +37,8 @@ class CompareJob(Config):
     window_tokens: Annotated[int, Ge(4)] = 32  # tokens of a window
     new_drop: Annotated[float, Ge(0)] = 0.05  # nats a token that the loss on the new text falls, at least
     old_rise: Annotated[float, Ge(0)] = 0.05  # nats a token that it rises on the old text, at most, surely
+    liked: bool = False  # judge by held-out preferences, in place of the loss on the new text
+    chat: bool = False  # preferences from chats; False: from completions
     seed: int = 0
 
     def validate(self) -> None:
@@ -141,3 +144,47 @@ def own_candidate(folder: Path, seed: int = 0) -> dict[str, str]:
     new, champion = own_harvest(folder, seed)
     made = trained_on(champion, Prepared(new), folder / "candidate", seed)
     return {"model": str(made), "champion": champion, "old": str(folder / "data"), "new": new}
+
+# %% ../../nbs/deployment/06c_candidate.ipynb #2c3a2d40
+def answer_score(model: Any, prompt: list[int], answer: list[int]) -> float:
+    "Mean log-probability of an answer's tokens after a prompt, of which the end is read if it is too long."
+    import torch
+
+    room = max(1, model.config.max_position_embeddings - len(answer))
+    prompt = prompt[-room:]
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
+    return float(logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).mean())
+
+# %% ../../nbs/deployment/06c_candidate.ipynb #91f39de0
+def margins(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, str]], chat: bool) -> Documents:
+    "By how much the liked answer of each preference is more probable than the other, in nats a token."
+    from llmkit.data.preferences import encode_preference
+
+    found = []
+    for row in rows:
+        if chat:
+            ids = list(encode_preference(tokenizer, dict(row)).values())
+        else:
+            ids = [tokenizer(row[k])["input_ids"] for k in ("prompt", "chosen", "rejected")]
+        found.append(answer_score(model, ids[0], ids[1]) - answer_score(model, ids[0], ids[2]))
+    return Documents([str(i) for i in range(len(rows))], np.array(found), np.ones(len(rows)), "mean", "higher")
+
+# %% ../../nbs/deployment/06c_candidate.ipynb #c8e87c67
+def compare_preferences(champion: str | Path, model: str | Path, data: str | Path, chat: bool = False) -> Difference:
+    "The margin of held-out preferences under `model` beside that under `champion`."
+    from llmkit.deployment.harvest import held_preferences
+    from llmkit.models.factory import load_model
+
+    rows = held_preferences(data, "test", chat)
+    a, b = (margins(*load_model(folder), rows, chat) for folder in (champion, model))
+    return difference("liked", a, b, draws=999)
+
+# %% ../../nbs/deployment/06c_candidate.ipynb #f227eb03
+def preference_checks(liked: Difference, old: Difference, cfg: CompareJob) -> list[Check]:
+    "The checks on a model that was trained on preferences."
+    return [
+        Check("margin of held-out preferences, change, lower 95 % bound", liked.low, ">", 0.0, "nats"),
+        Check("loss on the old text, change, upper 95 % bound", old.high, "<=", cfg.old_rise, "nats"),
+    ]
