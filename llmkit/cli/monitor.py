@@ -16,12 +16,13 @@ from typing import Annotated, Any
 
 import typer
 
+from .profile import profile
 from .watcher import Places, Watcher, Watching
 from ..core.errors import ConfigError, DataError, require
 
 SAID = "Look at a served model: drift, quality, cost, alerts, dashboards."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=SAID)
-app.callback()(lambda: None)  # commands have names, however few of them there are
+app.command()(profile)
 Log = Annotated[str, typer.Option(help="The server's request log.")]
 Url = Annotated[str, typer.Option(help="Address of a running server.")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="For routes and revisions.")]
