@@ -171,6 +171,7 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-none{padding:18px 0}.lk-error{padding:14px 0;color:#d1495b;font-size:.9rem}
 .lk-card+.lk-card{margin-top:12px}.lk-charts .lk-card{margin-top:0}
 .lk-scroll{overflow-x:auto}.lk-card table{width:100%;border-collapse:collapse;border:0!important;font-size:.88rem}
+.lk-card thead,.lk-card tbody,.lk-card tr{border:0!important}
 .lk-card th,.lk-card td{border:0!important;text-align:left;vertical-align:top;padding:5px 14px 5px 0!important}
 .lk-card th{font-weight:500!important;opacity:.7}
 .lk-card td{border-top:1px solid var(--border-color-primary)!important}
