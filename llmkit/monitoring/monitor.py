@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPT_TOKENS', 'OTHER', 'deal_starts', 'prompt_windows', 'live_rows', 'sentences', 'log_lines', 'documentation',
            'other_texts', 'MonitorJob', 'own_texts', 'own_log', 'monitor_inputs', 'watch', 'drift_checks',
-           'drift_table']
+           'drift_table', 'alarms_of']
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #cfc74d0c
 import math
@@ -138,7 +138,22 @@ class MonitorJob(Config):
     shifted: Annotated[int, Ge(10)] = 40  # rows of each kind of other traffic in the drill
     most_rows: Annotated[int, Ge(1)] = 36  # within which the drill's alarm has to ring
     shuffle: bool = True  # look at the log in random order: it tells whether the traffic drifted, not since when
+    windows: Annotated[int, Ge(1)] = 6  # equal parts of the log's time that are shown beside each other
+    slices: str = "revision"  # field whose values are shown beside each other
+    rules: str = ""  # alert rules, a YAML file; empty for those that ship
+    hour: Annotated[float, Ge(0)] = 0.0  # price of the machine, dollars an hour
+    tokens: Annotated[float, Ge(0)] = 0.0  # or of 1,000 tokens, dollars
+    tracking: str = ""  # registry that a candidate enters, for example sqlite:///runs/mlflow.db
+    retrain: str = ""  # policy, a YAML file, by which the model is trained again; empty: never
+    loop: str = ""  # folder of retrainings; empty: beside the policy, named like it
     seed: int = 0
+
+    def validate(self) -> None:
+        "What is trained again is known; one price at most."
+        if self.retrain and not (self.model and self.log and self.data and self.tracking):
+            self.fail("retrain", "needs model, log, data and tracking")
+        if self.hour and self.tokens:
+            self.fail("tokens", "must be 0 where hour is given: one price")
 
     @classmethod
     def tiny(cls, **values: Any) -> Self:
@@ -212,7 +227,8 @@ def watch(
     normal = {k: DriftDetector(profile[k], cfg.run_length, seed=cfg.seed).detect(live) for k in kinds}
     prompts = [r["prompt"] for r in live]
     drill = {}
-    for i, kind in enumerate(OTHER):
+    already = "prompts" in normal and normal["prompts"].alarm  # then a drill on top of it would prove nothing
+    for i, kind in enumerate(() if already else OTHER):
         detector = DriftDetector(profile["prompts"], cfg.run_length, seed=cfg.seed)
         drill[kind] = detector.detect([*prompts, *other_texts(kind, cfg.shifted, prompts, cfg.seed + i)])
     return normal, drill, len(live)
@@ -223,7 +239,8 @@ def drift_checks(
 ) -> list[Check]:
     "The gate: quiet on the log, alarm in the drill within `cfg.most_rows` rows of the change."
     limit = math.log10(cfg.run_length)
-    checks = [Check(f"drift evidence, {k}", max(r.path), "<", limit, "log10") for k, r in normal.items()]
+    quiet = {} if cfg.retrain else normal  # where drift is answered by training, it is no reason to fail
+    checks = [Check(f"drift evidence, {k}", max(r.path), "<", limit, "log10") for k, r in quiet.items()]
     for kind, r in drill.items():
         delay = math.inf if r.row is None else float(r.row - rows)
         checks.append(Check(f"rows until {kind} is noticed", delay, "<=", cfg.most_rows, "rows"))
@@ -240,3 +257,10 @@ def drift_table(normal: Mapping[str, DriftReport], drill: Mapping[str, DriftRepo
         line |= {"feature": r.feature if r.alarm else "–", "psi": round(top["psi"], 3)}
         lines.append(line | {"psi by chance": round(top["psi_null"], 3), "js": round(top["js"], 3)})
     return lines
+
+# %% ../../nbs/monitoring/05a_monitor.ipynb #1a3ab7c5
+def alarms_of(reports: Mapping[str, DriftReport]) -> dict[str, str]:
+    "What each alarm says, by kind; only those that rang."
+    said = {k: f"after {r.row} of {r.rows} rows, mostly in {r.feature}" for k, r in reports.items() if r.alarm}
+    least = {k: f", at least {reports[k].score_low:.0%} of the traffic" for k in said if reports[k].score_low >= 0.01}
+    return {k: text + least.get(k, "") for k, text in said.items()}
