@@ -66,7 +66,7 @@ PARTS = {
     "judge": "llmkit.benchmarks.canaries:judge_canaries",
     "rules": "llmkit.benchmarks.rules:compare_rules",
     "kills": "llmkit.benchmarks.rollout_kills:killed_controllers",
-    "experiments": "llmkit.benchmarks.peeking:peeked_experiments",
+    "experiments": "llmkit.benchmarks.experiments:peeked_experiments",
 }
 
 

@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['ALPHA', 'WEEK', 'Draw', 'CAPPED', 'KINDS', 'LEVELS', 'GROUPS', 'COUNTED', 'Traffic', 'draw_rate', 'draw_latency',
            'draw_ratio', 'draw_past', 'draw_capped', 'level_of', 'Runs', 'simulate', 'batches', 'radii', 'drift_for',
-           'futile_from', 'count', 'simulated', 'wilson', 'null_lines', 'planned_gain', 'power_lines', 'uneven_lines',
-           'made', 'whole', 'bench_experiment', 'experiment_checks', 'experiment_figures', 'peeked_experiments']
+           'futile_from', 'count', 'simulated', 'wilson', 'null_lines', 'planned_gain', 'power_lines', 'uneven_lines']
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #1c526558
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,16 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .figures import Figure, Part, RolloutBench
-from ..core.run import Check
 from ..deployment.anytime import anytime_radius, rate_evidence
 from ..deployment.cuped import adjusted
 from ..deployment.effect import Effect, difference, sums
-from ..deployment.experiment import Experiment
-from ..deployment.outcomes import Outcomes
 from ..deployment.reading import enough
 from ..deployment.sequential import crossing, group_radius
-from ..deployment.verdict import judge_experiment
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #87fbb13d
 ALPHA = 0.05
@@ -247,76 +240,3 @@ def uneven_lines(total: int, seed: int) -> list[dict[str, Any]]:
             for line in null_lines(kind, Traffic(a_day, share=0.1), total, seed):
                 lines.append({"units a day": a_day} | line)
     return lines
-
-# %% ../../nbs/benchmarks/28_peeking.ipynb #8e70634b
-def made(seed: int, exp: Experiment, traffic: Traffic) -> Outcomes:
-    "An experiment without an effect: satisfaction of the half who say, and a latency, lognormal with sigma 1."
-    rng = np.random.default_rng(seed)
-    there = traffic.arms(rng, 1)[0]
-    happy = np.where(there & (rng.random(there.shape) < 0.5), rng.random(there.shape) < 0.7, np.nan)
-    y = {"satisfaction": happy, "latency": np.where(there, np.exp(rng.standard_normal(there.shape)), np.nan)}
-    x = {name: np.where(np.isnan(v), np.nan, 1.0) for name, v in y.items()}
-    return Outcomes(y, x, {}, there.sum(-1), {}, over=True)
-
-
-def whole(total: int, traffic: Traffic, seed: int = 0, **rules: Any) -> dict[str, Any]:
-    "Shares of verdicts and of false alarms over `total` experiments that are judged from beginning to end."
-    arms = {"control": {"model": "a", "traffic": 50}, "treatment": {"model": "b", "traffic": 50}}
-    what = {"metrics": ["satisfaction"], "guardrails": [{"name": "latency", "effect": 0.2}], "days": traffic.days}
-    exp = Experiment.from_dict(arms | what | {"units_per_day": traffic.totals.sum() / traffic.days} | rules)
-    states, verdicts = Counter[str](), Counter[str]()
-    for i in range(total):
-        report = judge_experiment(exp, made(seed + i, exp, traffic))
-        verdicts[report.verdict] += 1
-        states.update(r.state for r in report.readings)
-    wrong = states["better"] + states["worse"]
-    line: dict[str, Any] = {"rule": exp.rule, "runs": total, "rejected": wrong / total, "high": wilson(wrong, total)[1]}
-    line |= {"harmed": states["harmed"] / total, "harmed, high": wilson(states["harmed"], total)[1]}
-    return line | {"verdicts": dict(verdicts)}
-
-# %% ../../nbs/benchmarks/28_peeking.ipynb #d78a083e
-def bench_experiment(total: int, seed: int = 0) -> dict[str, Any]:
-    "All lines: without an effect, with the planned one, with uneven arms, and judged whole; `total` runs each."
-    traffic = Traffic(400)
-    null = [line for kind in KINDS for line in null_lines(kind, traffic, total, seed)]
-    power = [line for kind in KINDS for line in power_lines(kind, traffic, total, seed + 1)]
-    uneven = uneven_lines(total, seed + 2)
-    judged = [whole(total, Traffic(160), seed, rule=rule) for rule in ("group-sequential", "anytime")]
-    return {"alpha": ALPHA, "looks": traffic.days, "null": null, "power": power, "uneven": uneven, "whole": judged}
-
-
-def experiment_checks(found: dict[str, Any]) -> list[Check]:
-    "The bounds of the benchmark."
-    ours = [line for line in found["null"] if line["rule"] != "peeked t-test"]
-    checks = []
-    for n in ours:
-        what = f"A/A {n['metric']}, {n['rule']}: rejected"
-        checks.append(Check(f"{what} as run, upper bound", n["as run, high"], "<=", ALPHA))
-        checks.append(Check(f"{what} by the boundary alone, lower bound", n["low"], "<=", ALPHA))
-    for n in found["whole"]:
-        checks.append(Check(f"A/A judged, {n['rule']}: rejected, upper bound", n["high"], "<=", ALPHA))
-        checks.append(Check(f"A/A judged, {n['rule']}: stopped for harm", n["harmed"], "<=", 0.01))
-    return checks
-
-# %% ../../nbs/benchmarks/28_peeking.ipynb #f73a67d1
-def experiment_figures(found: dict[str, Any]) -> list[Figure]:
-    "Experiments without an effect that were rejected, as run, by the boundary alone, and judged whole; what was found."
-    figures = []
-    for n in found["null"]:
-        name, total = f"A/A {n['metric']}, {n['rule']}", n["runs"]
-        if n["rule"] != "peeked t-test":
-            figures.append(Figure.share(f"{name}: rejected", round(n["as run"] * total), total, found["alpha"]))
-        alone = "by the boundary alone" if n["rule"] != "peeked t-test" else "by peeking"
-        figures.append(Figure.share(f"{name}: rejected {alone}", round(n["rejected"] * total), total))
-    for n in found["power"]:
-        figures.append(Figure.share(f"{n['metric']}, {n['rule']}: found", round(n["found"] * n["runs"]), n["runs"]))
-    for n in found["whole"]:
-        wrong = round(n["rejected"] * n["runs"])
-        figures.append(Figure.share(f"A/A judged whole, {n['rule']}: rejected", wrong, n["runs"], found["alpha"]))
-    return figures
-
-
-def peeked_experiments(cfg: RolloutBench) -> Part:
-    "The part of the benchmark: experiments that are looked at every day."
-    found = bench_experiment(cfg.runs, cfg.seed)
-    return Part(experiment_figures(found), {"uneven": found["uneven"]})
