@@ -105,7 +105,9 @@ bench: bench-serving bench-training bench-optimization bench-drift bench-rollout
 bench-serving: ARGS = -p size S -p rounds 3 -p peers llama.cpp,transformers,litserve,vllm,openvino
 bench-training: ARGS = -p size full -p rounds 3 -p parts sft,parity,resume,kills,misconfigured,nodes,memory
 bench-optimization: ARGS = -p size S -p rounds 3
-bench-drift bench-rollout bench-monitoring: ARGS = -p size full
+bench-drift: ARGS = -p peers evidently,nannyml,river -p rows 10000000 -p windows 20 -p trials 51 -p calibrated 1000000 -p table 10000 -p rounds 3
+bench-rollout: ARGS = -p size full -p runs 10000 -p parts judge,rules,kills,experiments
+bench-monitoring: ARGS = -p size full -p rounds 5
 bench-serving bench-training bench-optimization bench-drift bench-rollout bench-monitoring: bench-%: $(INSTALLED)
 	@$(BIN)/llmkit run nbs/benchmarks/$*.ipynb --out runs/bench/$*-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
