@@ -107,12 +107,13 @@ def check_together(sheets: list[Sheet]) -> None:
 
 # %% ../../nbs/azureml/02_preflight.ipynb #638a8f36
 def yaml_files(paths: Iterable[str | Path]) -> list[Path]:
-    "The YAML files that `paths` name; a folder is all below it."
+    "The YAML files that `paths` name; a folder is all of Azure ML's below it (Prometheus' rules are somebody else's)."
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path} does not exist", "check the path")
-        found += sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml")) if path.is_dir() else [path]
+        below = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml"))
+        found += [p for p in below if (sheet := read_sheet(p)).kind or sheet.problems] if path.is_dir() else [path]
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/azureml/02_preflight.ipynb #1f1db538
