@@ -4,18 +4,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from itertools import count
 
 import pytest
 
+from llmkit.cli.target import Setup, find_profile
 from llmkit.core.card import ModelCard
 from llmkit.core.errors import ServiceError
 from llmkit.core.registry import get_version
+from llmkit.deployment.controller import Controller, begin_rollout
 from llmkit.deployment.plan import Plan, Stage
 from llmkit.deployment.release import RolloutJob, job_plan, make_damaged, make_healthy, open_release
 from llmkit.deployment.rollout import RouterBackend, move_champion, run_rollout
-from llmkit.deployment.traffic import LabelLoop
+from llmkit.deployment.signals import LogSignals
+from llmkit.deployment.state import RolloutState
+from llmkit.deployment.traffic import LabelLoop, drive
 from llmkit.monitoring.monitor import prompt_windows
+from llmkit.monitoring.profile import make_profile
 from llmkit.monitoring.requestlog import read_requests
 from llmkit.serving.client import AdminClient
 from llmkit.serving.process import ServerProcess
@@ -81,6 +88,53 @@ def test_labels_reach_the_log(world):
     rows = [r for r in read_requests(world.log) if r["labels"]]
     assert {r["revision"] for r in rows} >= {world.stable, "damaged"}
     assert all(0 <= r["labels"]["accuracy"] <= 1 for r in rows)
+
+
+def users(world, n, seed, model="llmkit"):
+    """Users who ask for the rest of a file."""
+    prompts = [w[:16].tolist() for w in (world.windows[i % len(world.windows)] for i in range(n))]
+    return drive(world.server.url, prompts, 8, model, max_tokens=24, temperature=0.8, seed=seed)
+
+
+def test_drifting_answers_are_rolled_back_by_the_gate_of_that_name_alone(world, tmp_path):
+    """The champion's folder has its profile, the log has the users' rows, and the plan has nothing but `drift`."""
+    world.all_to_champion()
+    began = time.time()
+    users(world, 120, 1)
+    time.sleep(0.3)  # the log gathers a batch
+    rows = [r for r in read_requests(world.log, since=began) if r["revision"] == world.stable]
+    card = ModelCard.load(world.release.champion)
+    card.profile = {"predictions": make_profile(rows, "predictions", model=world.stable)}
+    card.save(world.release.champion)
+    users(world, 100, 2)  # the baseline: answers that the profile has not seen
+    setup, over = Setup(place=world.server.base, log=str(world.log)), threading.Event()
+    plan = Plan.from_dict({"stages": [{"weight": 0.5, "max_requests": 5000}], "gates": ["drift"], "baseline": 100})
+    state = RolloutState(alias="llmkit", canary="damaged", stable=world.stable, plan=plan.to_dict())
+
+    def ask():
+        for seed in count(10):
+            if over.is_set():
+                return
+            users(world, 40, seed)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    signals = LogSignals(world.log, every=0.3, drift=lambda: find_profile(setup, world.stable, world.backend))
+    try:
+        ended = Controller(begin_rollout(state, tmp_path), world.backend, signals).run()
+    finally:
+        over.set()
+        asking.join()
+    assert (ended.outcome, world.backend.traffic()) == ("rolled_back", {world.stable: 1.0}), str(ended)
+    assert "drift" in ended.reason, ended.reason
+    began = time.time()
+    users(world, 120, 3, "healthy"), users(world, 120, 4, world.stable)
+    time.sleep(0.3)
+    rows = read_requests(world.log, since=began)
+    line = Plan.from_dict(ended.plan).gates[0].predicate.value
+    found = {name: [r for r in rows if r["revision"] == name] for name in ("healthy", world.stable)}
+    unusual = {k: sum(s > line for s in signals.usual.of(part)) / len(part) for k, part in found.items()}
+    assert unusual["healthy"] < 0.3 and unusual[world.stable] < 0.25, unusual
 
 
 INTERRUPTED = """

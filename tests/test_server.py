@@ -179,6 +179,13 @@ def test_a_session_stays_where_it_is(client, admin):
 
     where = {u: seen(u) for u in "pqrstuvw"}
     assert all(len(w) == 1 for w in where.values()) and set.union(*where.values()) == {"a", "b"}
+    before = admin.routes()
+    assert admin.salt("llmkit", "2") == {"llmkit": "2"} and admin.routes() == before
+    dealt = {u: seen(u) for u in where}
+    assert all(len(w) == 1 for w in dealt.values()) and dealt != where
+    admin.set_routes("llmkit", {"a": 0.5, "b": 0.5})
+    assert admin.salts() == {"llmkit": "2"} and {u: seen(u) for u in where} == dealt
+    assert admin.salt("llmkit", "") == {} and {u: seen(u) for u in where} == where
     admin.set_routes("llmkit", {"a": 1.0})
 
 

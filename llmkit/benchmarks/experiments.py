@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from .figures import Figure, Part, RolloutBench
-from .peeking import ALPHA, KINDS, Traffic, null_lines, power_lines, uneven_lines, wilson
+from .peeking import ALPHA, KINDS, Traffic, null_lines, power_lines, uneven_lines
 from ..core.run import Check
 from ..deployment.experiment import Experiment
 from ..deployment.outcomes import Outcomes
 from ..deployment.verdict import judge_experiment
+from ..evaluation.fairness import wilson
 
 # %% auto #0
 __all__ = ['made', 'whole', 'bench_experiment', 'experiment_checks', 'experiment_figures', 'peeked_experiments']

@@ -16,16 +16,10 @@ from annotated_types import Ge
 from .job import separated
 from ..core.config import Config, nearest
 from ..core.run import read_json, write_json
+from ..evaluation.fairness import wilson
 
 # %% auto #0
-__all__ = ['PARTS', 'wilson', 'Figure', 'RolloutBench', 'Part', 'chosen_parts', 'keep']
-
-# %% ../../nbs/benchmarks/25_figures.ipynb #b46c8590
-def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    "The interval of a share of which `hits` of `n` were seen; z = 1.96 for 95 %."
-    p = hits / n
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return max((middle - half) / (1 + z * z / n), 0.0), min((middle + half) / (1 + z * z / n), 1.0)
+__all__ = ['PARTS', 'Figure', 'RolloutBench', 'Part', 'chosen_parts', 'keep']
 
 # %% ../../nbs/benchmarks/25_figures.ipynb #27eb194e
 @dataclass(slots=True)

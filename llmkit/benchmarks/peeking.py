@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHA', 'WEEK', 'Draw', 'CAPPED', 'KINDS', 'LEVELS', 'GROUPS', 'COUNTED', 'Traffic', 'draw_rate', 'draw_latency',
            'draw_ratio', 'draw_past', 'draw_capped', 'level_of', 'Runs', 'simulate', 'batches', 'radii', 'drift_for',
-           'futile_from', 'count', 'simulated', 'wilson', 'null_lines', 'planned_gain', 'power_lines', 'uneven_lines']
+           'futile_from', 'count', 'simulated', 'null_lines', 'planned_gain', 'power_lines', 'uneven_lines']
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #1c526558
 import math
@@ -21,6 +21,7 @@ from ..deployment.cuped import adjusted
 from ..deployment.effect import Effect, difference, sums
 from ..deployment.reading import enough
 from ..deployment.sequential import crossing, group_radius
+from ..evaluation.fairness import wilson
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #87fbb13d
 ALPHA = 0.05
@@ -189,14 +190,6 @@ def simulated(kind: str, traffic: Traffic, total: int, seed: int, gain: float = 
             for name, n in count(runs, traffic, rule, truth, gain).items():
                 kept[name] += n
     return tally
-
-
-def wilson(k: float, n: int) -> tuple[float, float]:
-    "Wilson's 95 % interval of a share."
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(int(k), n, method="wilson")
-    return float(low), float(high)
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #2c6213cf
 def null_lines(kind: str, traffic: Traffic, total: int, seed: int) -> list[dict[str, Any]]:

@@ -18,9 +18,10 @@ __all__ = ['setup_of', 'load', 'consider', 'take_up']
 # %% ../../nbs/cli/11b_candidates.ipynb #8883bf56
 def setup_of(policy: Policy, found: Proposal) -> dict[str, Any]:
     "Where the rollout of a candidate takes place."
-    about = {"place": policy.server, "alias": policy.alias, "log": policy.log, "every": f"{policy.every:g}s"}
-    about |= {"model": policy.model, "tracking": policy.tracking}
-    return about | {"version": found.version.version, "before": found.before.version}
+    about: dict[str, Any] = {"place": policy.server, "alias": policy.alias, "log": policy.log}
+    about |= {"every": f"{policy.every:g}s", "model": policy.model, "tracking": policy.tracking}
+    about |= {"version": found.version.version, "before": found.before.version}
+    return about | {"profile": str(found.before.folder)}
 
 # %% ../../nbs/cli/11b_candidates.ipynb #bfba5c12
 def load(policy: Policy, found: Proposal) -> tuple[str, str]:

@@ -101,7 +101,7 @@ def start(
     every: Annotated[str, typer.Option(help="Time between two looks at the log; the plan's without it.")] = "",
     standby: Annotated[str, typer.Option(help="Blue-green: how long an abort is the instant way back.")] = "1h",
     wait: Annotated[bool, typer.Option(help="Let a canary of which nobody can tell wait for a person.")] = False,
-    more: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of url, namespace, model, ...")] = [],  # noqa: B006
+    more: Annotated[list[str], typer.Option("--set", help="NAME=VALUE of url, namespace, model, profile, ...")] = [],  # noqa: B006
     why: Why = "",
     metrics_port: Port = None,
 ) -> None:

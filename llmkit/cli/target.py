@@ -9,18 +9,22 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+from ..core.card import ModelCard
 from ..core.config import Config
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, DataError
 from ..deployment.backend import Backend
 from ..deployment.controller import Controller
 from ..deployment.journal import Book
 from ..deployment.plan import Plan, seconds
 from ..deployment.signals import Signals
+from ..monitoring.surprise import Surprise
 
 # %% auto #0
-__all__ = ['Kind', 'Setup', 'open_backend', 'open_signals', 'open_controller']
+__all__ = ['Kind', 'GIVE', 'Setup', 'open_backend', 'find_profile', 'open_signals', 'open_controller']
 
 # %% ../../nbs/cli/11a_target.ipynb #495c6e2b
 Kind = Literal["router", "azure", "httproute", "knative", "kserve"]
@@ -39,6 +43,7 @@ class Setup(Config):
     data: str = ""  # prepared data: evidence from held-out text that is sent, in place of a log
     url: str = ""  # where that text is sent; the router's and Azure's own address without it
     every: str = ""  # time between two looks at the log; empty: what the plan says
+    profile: str = ""  # the stable revision's model folder, for a gate on drift; empty: the router says where it is
     model: str = ""  # registered name whose champion moves on promotion; empty: none
     tracking: str = ""  # its registry
     version: int = 0  # of the canary
@@ -85,13 +90,35 @@ def open_backend(setup: Setup) -> Iterator[Any]:
         with Cluster(find_access(setup.context)) as cluster:
             yield kinds[setup.backend](cluster, setup.place, setup.namespace)
 
+# %% ../../nbs/cli/11a_target.ipynb #14b9c949
+GIVE = "give --set profile=FOLDER, a copy of its model folder on this machine"
+
+
+def find_profile(setup: Setup, stable: str, backend: Any) -> Surprise:
+    "What tells how unusual an answer is for the stable revision; `ConfigError` where its answers have no profile."
+    folder = setup.profile
+    if not folder and setup.backend == "router":
+        folder = {r["name"]: r["model"] for r in backend.admin.revisions()}.get(stable, "")
+    if not folder:
+        raise ConfigError(f"nothing says where the model of {stable!r} is, whose profile the gate on drift needs", GIVE)
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{folder}, the model of {stable!r}, is not on this machine", GIVE)
+    card = ModelCard.load(folder)
+    if not (block := (card.profile or {}).get("predictions")):
+        raise ConfigError(f"the model in {folder} carries no profile of its predictions", "run optimize_model on it")
+    try:
+        return Surprise(block, card.revision)
+    except DataError as e:
+        raise ConfigError(f"the profile in {folder} cannot be used: {e.message}", e.hint) from e
+
 # %% ../../nbs/cli/11a_target.ipynb #20c612b2
-def open_signals(setup: Setup, plan: Plan, backend: Any, stack: ExitStack) -> Signals:
+def open_signals(setup: Setup, plan: Plan, backend: Any, stack: ExitStack, stable: str) -> Signals:
     "The evidence: the users' requests, or held-out text with labels."
     from llmkit.deployment.signals import LabelSignals, LogSignals
 
     if setup.log:
-        return LogSignals(setup.log, setup.alias, seconds(setup.every or plan.look))
+        find = partial(find_profile, setup, stable, backend)  # nobody looks for it before a gate asks
+        return LogSignals(setup.log, setup.alias, seconds(setup.every or plan.look), drift=find)
     from llmkit.data.prepared import Prepared
     from llmkit.deployment.traffic import LabelLoop
     from llmkit.monitoring.monitor import prompt_windows
@@ -117,4 +144,5 @@ def open_controller(book: Book) -> Iterator[Controller]:
         backend: Backend = stack.enter_context(open_backend(setup))
         champion = RegistryChampion(*names) if setup.model else None
         timeout = 10.0 if setup.backend == "router" else 120.0  # a cluster takes its time
-        yield Controller(book, backend, open_signals(setup, plan, backend, stack), champion, timeout=timeout)
+        signals = open_signals(setup, plan, backend, stack, state.stable)
+        yield Controller(book, backend, signals, champion, timeout=timeout)

@@ -21,7 +21,7 @@ def salt(exp: Experiment) -> str:
 
 
 def session_of(exp: Experiment, unit: str) -> str:
-    "The `x-session-id` to send for a unit (a user's or a session's name) while the experiment runs."
+    "What is hashed for a unit (a user's or a session's name): the `x-session-id` to send where nobody else salts it."
     return f"{salt(exp)}.{unit}"
 
 
@@ -42,7 +42,7 @@ def weights_of(exp: Experiment) -> dict[str, float]:
 
 
 def drawn_arm(exp: Experiment, unit: str) -> int:
-    "The arm that the router draws for a unit that is sent with its salted session: 0 control, 1 treatment."
+    "The arm that the router draws for a unit: 0 control, 1 treatment."
     names = ARMS if exp.aa else (exp.control.model, exp.treatment.model)
     return names.index(pick(dict(zip(names, (1 - exp.share, exp.share), strict=True)), session_of(exp, unit)))
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from ..core.errors import ConfigError, ServiceError
 
 # %% auto #0
-__all__ = ['Backend', 'Shadowing', 'Target', 'equal_traffic', 'read_target', 'is_there', 'ask', 'Admin', 'RouterBackend',
-           'settle', 'move_traffic']
+__all__ = ['Backend', 'Shadowing', 'Salting', 'Target', 'equal_traffic', 'read_target', 'is_there', 'ask', 'Admin',
+           'RouterBackend', 'deal', 'settle', 'move_traffic']
 
 # %% ../../nbs/deployment/04_backend.ipynb #b1225ddb
 class Backend(Protocol):
@@ -40,6 +40,19 @@ class Shadowing(Protocol):
 
     def set_shadow(self, revision: str | None, share: float = 1.0) -> None:
         "Copy a share of the requests to `revision` as well; None ends it."
+        ...
+
+# %% ../../nbs/deployment/04_backend.ipynb #d96255d0
+@runtime_checkable
+class Salting(Protocol):
+    "The part of a back end that deals sessions."
+
+    def salt(self) -> str:
+        "What is hashed with each session; empty if nothing is."
+        ...
+
+    def set_salt(self, salt: str) -> None:
+        "Deal all sessions of the alias by this salt."
         ...
 
 # %% ../../nbs/deployment/04_backend.ipynb #6c156dc7
@@ -122,6 +135,14 @@ class Admin(Protocol):
         "Copy a share of an alias' requests to `revision`; None ends it."
         ...
 
+    def salts(self) -> dict[str, str]:
+        "Alias -> its salt, where it has one."
+        ...
+
+    def salt(self, alias: str, salt: str) -> Any:
+        "Replace the salt of one alias; empty takes it away."
+        ...
+
 # %% ../../nbs/deployment/04_backend.ipynb #286f9262
 class RouterBackend:
     "The server's own route table as a `Backend`."
@@ -148,6 +169,21 @@ class RouterBackend:
     def set_shadow(self, revision: str | None, share: float = 1.0) -> None:
         "Begin or end the copies; the route stays as it is."
         self.admin.shadow(self.alias, revision, share)
+
+    def salt(self) -> str:
+        "What is hashed with each session."
+        return self.admin.salts().get(self.alias, "")
+
+    def set_salt(self, salt: str) -> None:
+        "Deal the sessions anew; the route stays as it is."
+        self.admin.salt(self.alias, salt)
+
+# %% ../../nbs/deployment/04_backend.ipynb #b3cf3a57
+def deal(backend: Salting, salt: str) -> None:
+    "Let the sessions be dealt by `salt`; `ServiceError` if the back end does not say so afterwards."
+    backend.set_salt(salt)
+    if (found := backend.salt()) != salt:
+        raise ServiceError(f"the sessions' salt is {found!r}, asked for was {salt!r}", "does somebody else change it?")
 
 # %% ../../nbs/deployment/04_backend.ipynb #07680c0a
 def settle(

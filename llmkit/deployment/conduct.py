@@ -14,8 +14,8 @@ from typing import Any
 
 from ..core.errors import ConfigError, DataError, MissingError, ServiceError
 from ..core.run import read_json, write_json
-from .assignment import weights_of
-from .backend import Backend, equal_traffic, move_traffic
+from .assignment import salt, weights_of
+from .backend import Backend, Salting, deal, equal_traffic, move_traffic
 from .experiment import Experiment, check_seal, read_experiment, seal
 from .outcomes import Outcomes, Row, outcomes
 from .verdict import Report, judge_experiment
@@ -34,6 +34,7 @@ class Record:
     stopped: float = 0.0
     decided: dict[str, Any] = field(default_factory=dict)  # verdict, reason, look; once reached it stays
     went_to: str = ""  # the revision that has the traffic now
+    salt: str = ""  # by which the back end deals the sessions; empty: the clients salt them
 
     @property
     def file(self) -> Path:
@@ -85,8 +86,11 @@ def start(path: str | Path, backend: Backend, now: float | None = None) -> Recor
     exp, before = read_experiment(path), backend.traffic()
     check_free(exp, before)
     record = Record(str(path), exp.to_dict(), seal(exp), now or time.time(), before)
+    record.salt = salt(exp) if isinstance(backend, Salting) else ""
     record.save()
     try:
+        if isinstance(backend, Salting):
+            deal(backend, record.salt)
         move_traffic(backend, weights_of(exp))
     except BaseException as e:
         _undo(record, backend, e)
@@ -99,6 +103,8 @@ def start(path: str | Path, backend: Backend, now: float | None = None) -> Recor
 def _undo(record: Record, backend: Backend, cause: BaseException) -> None:
     try:
         move_traffic(backend, record.before)
+        if isinstance(backend, Salting):
+            deal(backend, "")
         record.file.unlink()
     except BaseException as e:  # noqa: BLE001 - the first error is the one to report; this one is added to it
         cause.add_note(f"and the traffic could NOT be given back to {record.before}: {e}; see {record.file.name}")
@@ -136,10 +142,14 @@ def kept_verdict(record: Record, report: Report) -> Report:
 # %% ../../nbs/deployment/05k_conduct.ipynb #a9cd26ce
 def check_traffic(exp: Experiment, record: Record, backend: Backend) -> str:
     "What is wrong with the traffic of a running experiment; empty if nothing is."
-    if record.state != "running" or equal_traffic(found := backend.traffic(), weights_of(exp)):
+    if record.state != "running":
         return ""
-    now = ", ".join(f"{r} {w:.0%}" for r, w in found.items())
-    return f"the traffic of {exp.alias!r} was moved by somebody else: it is {now}"
+    if not equal_traffic(found := backend.traffic(), weights_of(exp)):
+        now = ", ".join(f"{r} {w:.0%}" for r, w in found.items())
+        return f"the traffic of {exp.alias!r} was moved by somebody else: it is {now}"
+    if record.salt and isinstance(backend, Salting) and backend.salt() != record.salt:
+        return f"the sessions of {exp.alias!r} were dealt anew by somebody else: their salt is {backend.salt()!r}"
+    return ""
 
 # %% ../../nbs/deployment/05k_conduct.ipynb #71d0268a
 def stop(
@@ -155,6 +165,8 @@ def stop(
     to = to or ("treatment" if record.decided.get("verdict") == "ship" else "control")
     revision = (exp.treatment if to == "treatment" else exp.control).model
     move_traffic(backend, {revision: 1.0})
+    if record.salt and isinstance(backend, Salting) and backend.salt() == record.salt:
+        deal(backend, "")
     if record.state != "stopped":
         record.state, record.stopped = "stopped", now or time.time()
     record.went_to = revision

@@ -88,7 +88,7 @@ def is_bad(row: Mapping[str, Any], rule: Predicate) -> bool | None:
 
 # %% ../../nbs/deployment/02b_gates.ipynb #71ad0760
 BAD = {"errors": "error", "latency": "latency_s > p95", "ttft": "ttft_s > p95", "cost": "cost > p95"}
-BAD |= {"drift": "drift_alarm", "quality": "accuracy < p5", "thumbs": "thumbs < 1", "completion": "completed < 1"}
+BAD |= {"drift": "surprise > p90", "quality": "accuracy < p5", "thumbs": "thumbs < 1", "completion": "completed < 1"}
 Kind = Literal["events", "threshold"]
 _FIELDS = {"latency": "latency_s", "ttft": "ttft_s", "queue": "queue_s", "error": "error"}
 _LEVEL = re.compile(r"\s*(?:(P\d+(?:\.\d+)?)(?:\s+(?:of\s+)?(\w+))?|(\w+))\s*([<>])\s*(.+?)\s*", re.I)

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Lt
 
 from ..core.config import Config
 from ..core.run import Check
-from .assignment import session_of, unit_of
+from .assignment import unit_of
 from .experiment import Experiment
 from .release import Release, RolloutJob, make_healthy, open_release
 from .traffic import ask_accuracy, fan_out, make_client, post_label
@@ -94,7 +94,7 @@ def send_users(url: str, exp: Experiment, cfg: ExperimentJob, windows: np.ndarra
         n = int(dice.integers(1, cfg.requests + 1))
         for _ in range(n):
             ids = windows[int(dice.integers(len(windows)))]
-            reply = ask_accuracy(client, ids, exp.alias, session_of(exp, user))
+            reply = ask_accuracy(client, ids, exp.alias, user)
             if reply.value is not None and dice.random() < 0.5:
                 post_label(client, reply.id, "thumbs", float(dice.random() < reply.value))
         return n

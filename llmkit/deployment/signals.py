@@ -19,10 +19,11 @@ from .plan import Plan
 from .state import RolloutState
 from .traffic import Reply
 from .windows import Sessions, Window, count
+from ..monitoring.surprise import Surprise
 
 # %% auto #0
-__all__ = ['Row', 'NO_DRIFT', 'Traffic', 'Look', 'Signals', 'count_new', 'looked', 'LogRows', 'LogSignals', 'as_rows',
-           'LabelSignals']
+__all__ = ['Row', 'UNTOLD', 'Traffic', 'Look', 'Signals', 'count_new', 'looked', 'LogRows', 'wants_drift', 'DriftRows',
+           'LogSignals', 'as_rows', 'LabelSignals']
 
 # %% ../../nbs/deployment/04c_signals.ipynb #5afc0f18
 Row = Mapping[str, Any]
@@ -83,9 +84,6 @@ def looked(rows: Sequence[Row], state: RolloutState, book: Book, cursor: dict[st
     return found
 
 # %% ../../nbs/deployment/04c_signals.ipynb #1dcad195
-NO_DRIFT = "name what may drift: {name: drift, bad: 'mean_logprob < p5'}, or any other field of a row"
-
-
 class LogRows:
     "The rows of a server's request log that speak for one of two revisions."
 
@@ -97,10 +95,13 @@ class LogRows:
         late_s: float = 300.0,  # how long after its request a row or a label may come and still count
         history_s: float = 86_400.0,  # how old the rows may be on which the stable revision is measured
         prices: Mapping[str, tuple[float, float]] | None = None,  # revision -> of a token read, of one written
+        drift: Callable[[], Surprise] | None = None,  # what tells how unusual an answer is, asked if a gate wants it
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.log, self.alias, self.every, self.late_s = log, alias, every, late_s
-        self.history_s, self.prices, self.clock = history_s, prices or {}, clock
+        self.history_s, self.prices, self.drift, self.clock = history_s, prices or {}, drift, clock
+        self.usual: Surprise | None = None  # once it was asked for
+        self.told: dict[tuple[str, float], float | None] = {}  # of the latest rows: what it said
 
     def rows(self, since: float, state: RolloutState) -> list[dict[str, Any]]:
         "The rows since then that speak for one of the two revisions."
@@ -120,20 +121,48 @@ class LogRows:
         read, written = self.prices.get(row["revision"], (1.0, 1.0))
         return row.get("prompt_tokens", 0) * read + row.get("completion_tokens", 0) * written
 
+# %% ../../nbs/deployment/04c_signals.ipynb #9cf22add
+UNTOLD = "name something else that may drift: {name: drift, bad: 'mean_logprob < p5'}, or another field of a row"
+
+
+def wants_drift(state: RolloutState) -> bool:
+    "Whether a gate of the plan judges by how unusual answers are."
+    return any(g.predicate.name == "surprise" for g in Plan.from_dict(state.plan).gates)
+
+
+class DriftRows(LogRows):
+    "Rows that say how unusual their answers are."
+
+    def surprised(self, rows: Sequence[Row], state: RolloutState) -> list[Row]:
+        "The rows with their `surprise`, if a gate wants to know; `ConfigError` if nobody can say."
+        if not wants_drift(state):
+            return list(rows)
+        if self.drift is None:
+            raise ConfigError("a gate on drift needs the profile of the stable revision", f"give it, or {UNTOLD}")
+        self.usual, keys = self.usual or self.drift(), [(r["id"], r["time"]) for r in rows]
+        new = {key: r for key, r in zip(keys, rows, strict=True) if key not in self.told}
+        told = {**self.told, **dict(zip(new, self.usual.of(list(new.values())), strict=True))}
+        self.told = {key: told[key] for key in keys}
+        return [{**r, "surprise": told[key]} for r, key in zip(rows, keys, strict=True)]
+
 # %% ../../nbs/deployment/04c_signals.ipynb #c29263e1
-class LogSignals(LogRows):
+class LogSignals(DriftRows):
     "Evidence from the users: the rows of the server's request log."
 
     def measure(self, state: RolloutState) -> list[Gate] | None:
         "The gates measured on the newest rows of the stable revision; None while they are too few."
         plan = Plan.from_dict(state.plan)
-        if any(g.predicate.name == "drift_alarm" for g in plan.gates):
-            raise ConfigError("a row of the request log has no drift_alarm", NO_DRIFT)
         if all(math.isnan(g.predicate.quantile) or g.measured == "window" for g in plan.gates):
             return list(plan.gates)
         alone = replace(state, strategy="canary")
         rows = [r for r in self.rows(self.clock() - self.history_s, alone) if r["revision"] == state.stable]
-        return [settle(g, rows[-plan.baseline :]) for g in plan.gates] if len(rows) >= plan.baseline else None
+        known = self.surprised(rows[-plan.baseline :], state)
+        if len(rows) < plan.baseline:
+            return None
+        if wants_drift(state) and all(r["surprise"] is None for r in known):
+            hint = f"serve without --no-log-text, or {UNTOLD}"
+            raise ConfigError(f"none of {len(known)} rows in {self.log} has a text", hint)
+        return [settle(g, known) for g in plan.gates]
 
     def begin(self, state: RolloutState) -> dict[str, float]:
         "From now on."
@@ -146,7 +175,8 @@ class LogSignals(LogRows):
         if now < cursor["now"]:
             return self.skip(now, state)
         since = max(cursor["from"], cursor["now"] - self.late_s)
-        return looked(self.rows(since, state), state, book, {"from": cursor["from"], "now": now})
+        rows = self.surprised(self.rows(since, state), state)
+        return looked(rows, state, book, {"from": cursor["from"], "now": now})
 
     def skip(self, now: float, state: RolloutState) -> Look:
         "The clock was set back: what is in the log cannot be told from what comes; let it pass, and begin anew."
@@ -186,6 +216,8 @@ class LabelSignals:
     def measure(self, state: RolloutState) -> list[Gate] | None:
         "The gates measured on a baseline of the stable revision's replies."
         plan = Plan.from_dict(state.plan)
+        if wants_drift(state):
+            raise ConfigError("held-out text is scored and not answered, so no answer can drift", "give a request log")
         if all(math.isnan(g.predicate.quantile) or g.measured == "window" for g in plan.gates):
             return list(plan.gates)
         rows = as_rows(self.traffic(plan.baseline), self.label)

@@ -5,15 +5,18 @@
 # %% ../../nbs/monitoring/01_metrics.ipynb #935744e9
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from .profiler import PHASES, phase_times
+
 # %% auto #0
 __all__ = ['LATENCY', 'PER_TOKEN', 'TOKENS', 'GAUGES', 'COUNTERS', 'BY_REASON', 'HISTOGRAMS', 'LABELS', 'COLD', 'PHASE', 'OWN',
-           'PHASES', 'Buckets', 'Finished', 'Bound', 'ModelMetrics', 'phases_of', 'observe_request', 'ServerMetrics']
+           'Buckets', 'Finished', 'Bound', 'ModelMetrics', 'phases_of', 'observe_request', 'ServerMetrics']
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #82bb78b3
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -129,10 +132,8 @@ class ModelMetrics(Bound):
 # %% ../../nbs/monitoring/01_metrics.ipynb #173ef7c0
 def phases_of(f: Finished) -> dict[str, float]:
     "Seconds of each phase of a finished request."
-    ours = f.detokenise_s + f.write_s
-    prefill, decode = max(0.0, f.first_s - f.queue_s), max(0.0, f.total_s - f.first_s - ours)
-    found = {"queue": f.queue_s, "prefill": prefill, "decode": decode}
-    return found | {"detokenise": f.detokenise_s, "write": f.write_s}
+    first = f.first_s if f.completion_tokens else math.inf  # no token: all is prefill
+    return phase_times(f.total_s, f.queue_s, first, f.detokenise_s, f.write_s)
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #54583f89
 def observe_request(m: ModelMetrics, f: Finished) -> None:
@@ -195,7 +196,6 @@ OWN |= {
     "request_log_removed": (Counter, "Rows that were let go to keep the log within its bounds", ()),
     "request_phase_seconds": (PHASE, "Where the time of a request went", ("revision", "phase")),
 }
-PHASES = ("queue", "prefill", "decode", "detokenise", "write")
 
 # %% ../../nbs/monitoring/01_metrics.ipynb #2614123b
 OWN |= {

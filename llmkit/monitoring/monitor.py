@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_TOKENS', 'OTHER', 'deal_starts', 'prompt_windows', 'live_rows', 'sentences', 'log_lines', 'documentation',
-           'other_texts', 'MonitorJob', 'own_texts', 'own_log', 'monitor_inputs', 'watch', 'drift_checks',
-           'drift_table', 'alarms_of']
+           'other_texts', 'MonitorJob', 'own_texts', 'own_log', 'monitor_inputs', 'kinds_of', 'watch', 'drift_checks',
+           'drift_table', 'drift_slices', 'alarms_of']
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #cfc74d0c
 import math
@@ -22,8 +22,10 @@ from ..core.config import Config
 from ..core.errors import DataError
 from ..core.run import Check
 from .drift import DriftDetector, DriftReport
+from .groups import slice_of
 from .profile import PROFILE_SCHEMA, make_profile
 from .requestlog import RequestLog, RequestRow, read_requests
+from .slices import SlicedDetector
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #4888076e
 PROMPT_TOKENS = 48  # of a held-out prompt, unless asked otherwise: the profile and the traffic must agree on it
@@ -139,7 +141,7 @@ class MonitorJob(Config):
     most_rows: Annotated[int, Ge(1)] = 36  # within which the drill's alarm has to ring
     shuffle: bool = True  # look at the log in random order: it tells whether the traffic drifted, not since when
     windows: Annotated[int, Ge(1)] = 6  # equal parts of the log's time that are shown beside each other
-    slices: str = "revision"  # field whose values are shown beside each other
+    slices: str = "revision"  # field, or metadata.NAME, whose values are shown beside each other
     rules: str = ""  # alert rules, a YAML file; empty for those that ship
     hour: Annotated[float, Ge(0)] = 0.0  # price of the machine, dollars an hour
     tokens: Annotated[float, Ge(0)] = 0.0  # or of 1,000 tokens, dollars
@@ -214,6 +216,11 @@ def monitor_inputs(cfg: MonitorJob, folder: Path) -> tuple[dict[str, Any], list[
     return card.profile, read_requests(cfg.log)
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #6d90ab27
+def kinds_of(profile: Mapping[str, Any]) -> list[str]:
+    "The kinds of text that a profile has a block of."
+    return [kind for kind in ("prompts", "predictions") if profile.get(kind)]
+
+
 def watch(
     cfg: MonitorJob, profile: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, DriftReport], dict[str, DriftReport], int]:
@@ -223,8 +230,9 @@ def watch(
         raise DataError(f"none of {len(rows)} logged requests is an answered completion", "send some traffic first")
     if cfg.shuffle:
         live = [live[i] for i in np.random.default_rng(cfg.seed).permutation(len(live))]
-    kinds = [k for k in ("prompts", "predictions") if profile.get(k)]
-    normal = {k: DriftDetector(profile[k], cfg.run_length, seed=cfg.seed).detect(live) for k in kinds}
+    model = ModelCard.load(cfg.model).revision if cfg.model else ""  # a profile of another one is an error
+    made = {k: DriftDetector(profile[k], cfg.run_length, seed=cfg.seed, model=model) for k in kinds_of(profile)}
+    normal = {k: detector.detect(live) for k, detector in made.items()}
     prompts = [r["prompt"] for r in live]
     drill = {}
     already = "prompts" in normal and normal["prompts"].alarm  # then a drill on top of it would prove nothing
@@ -256,6 +264,24 @@ def drift_table(normal: Mapping[str, DriftReport], drill: Mapping[str, DriftRepo
         line = {"traffic": f"log: {name}" if name in normal else f"drill: {name}", "verdict": said, "rows": r.rows}
         line |= {"feature": r.feature if r.alarm else "–", "psi": round(top["psi"], 3)}
         lines.append(line | {"psi by chance": round(top["psi_null"], 3), "js": round(top["js"], 3)})
+    return lines
+
+# %% ../../nbs/monitoring/05a_monitor.ipynb #783655fd
+def drift_slices(
+    cfg: MonitorJob,
+    profile: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    minimum: int = 200,  # rows that make the reference of a slice
+) -> list[dict[str, Any]]:
+    "A line for each kind of text and each slice; empty where there is one slice only."
+    live, by = live_rows(rows), lambda row: slice_of(row, cfg.slices)
+    if len({by(row) for row in live}) < 2:
+        return []
+    lines = []
+    for kind in kinds_of(profile):
+        detector = SlicedDetector(profile[kind], by, cfg.run_length, minimum, seed=cfg.seed)
+        detector.update_many(live)
+        lines += [{"of": kind, **line} for line in detector.table()[1:]]  # the first is the whole
     return lines
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #1a3ab7c5

@@ -39,6 +39,7 @@ def set_route(
     alias: str,
     weights: Mapping[str, float],
     shadow: ShadowRequest | UnsetType | None = UNSET,  # not given: as it was; None: no longer
+    salt: str | UnsetType = UNSET,  # hashed with each session; not given: as it was; empty: none
 ) -> dict[str, float]:
     "Change a route; 400 says what is wrong with it, and then nothing has changed."
     good_name("alias", alias)
@@ -46,7 +47,7 @@ def set_route(
         wanted = Shadow(shadow.revision, shadow.share) if isinstance(shadow, ShadowRequest) else None
         if wanted:
             wanted.check(alias, state.known)
-        found = state.router.set(alias, weights, state.known)
+        found = state.router.set(alias, weights, state.known, None if isinstance(salt, UnsetType) else salt)
         if not isinstance(shadow, UnsetType):
             state.router.cast(alias, wanted, state.known)
         return found

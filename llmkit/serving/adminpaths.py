@@ -25,8 +25,9 @@ async def routes(request: HttpRequest) -> Response:
     authorise(state, request.headers.get("authorization"), admin=True)
     if request.method == "PUT":
         asked = decode(RouteRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-        set_route(state, request.path_params["alias"], asked.weights, asked.shadow)
-    return json_response({"routes": state.router.routes, "shadows": state.router.shadows})
+        set_route(state, request.path_params["alias"], asked.weights, asked.shadow, asked.salt)
+    router = state.router
+    return json_response({"routes": router.routes, "shadows": router.shadows, "salts": router.salts})
 
 # %% ../../nbs/serving/05l_adminpaths.ipynb #41ffaf29
 async def revisions(request: HttpRequest) -> Response:

@@ -90,6 +90,15 @@ class RouteClient(AdminConnection):
         body |= {"shadow": {"revision": revision, "share": share}} if revision is not None else {}
         return self.call("PUT", f"/admin/routes/{alias}", body)["shadows"]
 
+    def salts(self) -> dict[str, str]:
+        "Alias -> what is hashed with each of its sessions, of those that have a salt."
+        return self.call("GET", "/admin/routes").get("salts", {})
+
+    def salt(self, alias: str, salt: str) -> dict[str, str]:
+        "Deal the sessions of `alias` anew, by this salt, from the next request on; empty: as without one."
+        body = {"weights": self.routes().get(alias, {}), "salt": salt}
+        return self.call("PUT", f"/admin/routes/{alias}", body)["salts"]
+
 # %% ../../nbs/serving/08_client.ipynb #8ffc4075
 class AdminClient(RouteClient):
     "Reads and changes the routes and revisions of a running server."

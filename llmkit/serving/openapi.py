@@ -65,7 +65,10 @@ class Path:
 
 # %% ../../nbs/serving/05d_openapi.ipynb #3e036a91
 FIELDS = {"string": "id object model state status reason request_id name prompt owned_by variant weights"}
-FIELDS |= {"array": "choices output data tokens revisions adapters", "object": "usage routes shadows drift unwatched"}
+FIELDS |= {
+    "array": "choices output data tokens revisions adapters",
+    "object": "usage routes shadows salts drift unwatched",
+}
 FIELDS |= {"integer": "created created_at count max_model_len"}
 TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 
@@ -82,7 +85,7 @@ STATE, ADAPTER, VECTORS = (
 )
 MADE, SAID = "id object created model choices usage", "id object created_at model status output usage"
 WATCH: tuple[int, ...] = (404, 409, 503)
-PROBE, LABEL, ROUTES, LOADED = "status reason", "object request_id name", "routes shadows", "name variant weights"
+PROBE, LABEL, ROUTES, LOADED = "status reason", "object request_id name", "routes shadows salts", "name variant weights"
 
 # %% ../../nbs/serving/05d_openapi.ipynb #9e6d78a8
 TABLE = [

@@ -178,6 +178,7 @@ class RouteRequest(Struct, forbid_unknown_fields=True):
 
     weights: Annotated[dict[str, Weight], Meta(extra_json_schema={"minProperties": 1})]
     shadow: ShadowRequest | msgspec.UnsetType | None = msgspec.UNSET  # not given: as it was; null: no longer
+    salt: Annotated[str, Meta(max_length=64)] | msgspec.UnsetType = msgspec.UNSET  # not given: as it was; "": none
 
 # %% ../../nbs/serving/01_protocol.ipynb #ea0f7d20
 class AdapterRequest(Struct, forbid_unknown_fields=True):
@@ -284,10 +285,8 @@ def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     if isinstance(p, str):
         return [p]
     items: list[Any] = [p] if p and all(type(i) is int for i in p) else p
-    good = all(isinstance(i, str) for i in items) or all(
-        isinstance(i, list) and i and all(type(t) is int for t in i) for i in items
-    )
-    if not items or not good or len(items) > 256:
+    lists = [isinstance(i, list) and i and all(type(t) is int for t in i) for i in items]
+    if not items or not (all(lists) or all(isinstance(i, str) for i in items)) or len(items) > 256:
         raise ApiError(400, "prompt is text, token ids, or a list of up to 256 of either", "prompt", "invalid_value")
     return items
 

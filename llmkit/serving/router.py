@@ -16,7 +16,8 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, LLMKitError
 
 # %% auto #0
-__all__ = ['UNSEEN', 'uniform', 'pick', 'check_name', 'check_weights', 'Shadow', 'UnknownModel', 'Router', 'rollout_of']
+__all__ = ['UNSEEN', 'uniform', 'pick', 'check_name', 'check_weights', 'Shadow', 'UnknownModel', 'RouteTable', 'Router',
+           'rollout_of']
 
 # %% ../../nbs/serving/05_router.ipynb #3d8b140a
 def uniform(*parts: str) -> float:
@@ -85,29 +86,46 @@ class UnknownModel(LLMKitError):
     "A request names a model that is neither an alias nor a loaded revision."
 
 # %% ../../nbs/serving/05_router.ipynb #d57c86ac
-class Router:
+class RouteTable:
     "Alias -> weighted revisions; replaced whole on a change, so a reader never sees half of one."
 
     def __init__(self) -> None:
         self.routes: dict[str, dict[str, float]] = {}
         self.shadows: dict[str, Shadow] = {}
+        self.salts: dict[str, str] = {}
 
-    def set(self, alias: str, weights: Mapping[str, float], known: Collection[str]) -> dict[str, float]:
-        "Point `alias` at `weights` from the next request on; `known` are the loaded revisions."
+    def set(
+        self,
+        alias: str,
+        weights: Mapping[str, float],
+        known: Collection[str],  # revisions that are loaded
+        salt: str | None = None,  # what is hashed with a session; None: as it was
+    ) -> dict[str, float]:
+        "Point `alias` at `weights` from the next request on."
         check_name("alias", alias)
         if alias in known:
             raise ConfigError(f"alias {alias!r} is the name of a revision", "choose another alias")
         checked = check_weights(alias, weights, known)
         self.routes = {**self.routes, alias: checked}
+        if salt is not None:
+            self.salts = {a: s for a, s in self.salts.items() if a != alias} | ({alias: salt} if salt else {})
         return checked
 
     def choose(self, model: str, session: str, known: Collection[str]) -> tuple[str, str]:
         "`(alias, revision)` for a request; without a session the weights decide at random; alias is '' if direct."
         if model in self.routes:
-            return model, pick(self.routes[model], session or str(random.random()))
+            return model, pick(self.routes[model], self.key(model, session) if session else str(random.random()))
         if model in known:
             return "", model
         raise UnknownModel(f"model {model!r} does not exist", nearest(model, [*self.routes, *known]))
+
+    def key(self, alias: str, session: str) -> str:
+        "What is hashed for a session: with a salt, all sessions of the alias are dealt anew."
+        return f"{self.salts[alias]}.{session}" if alias in self.salts else session
+
+# %% ../../nbs/serving/05_router.ipynb #cb9c2706
+class Router(RouteTable):
+    "A table of routes, and the shadows of its aliases."
 
     def cast(self, alias: str, shadow: Shadow | None, known: Collection[str]) -> None:
         "Copy a share of `alias` to a shadow from the next request on; None ends that."
@@ -125,6 +143,7 @@ class Router:
         left = {a: {r: w for r, w in weights.items() if r != revision} for a, weights in self.routes.items()}
         self.routes = {a: weights for a, weights in left.items() if weights}
         self.shadows = {a: s for a, s in self.shadows.items() if a in self.routes}
+        self.salts = {a: s for a, s in self.salts.items() if a in self.routes}
 
 # %% ../../nbs/serving/05_router.ipynb #2edf6de9
 def rollout_of(
