@@ -22,7 +22,7 @@ from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
-           'facts_of', 'Outcome', 'retraining_row', 'lately', 'untracked', 'carry_out', 'measured', 'new_entry',
+           'facts_of', 'Outcome', 'retraining_row', 'lately', 'carry_out', 'measured', 'comparison', 'new_entry',
            'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
@@ -190,20 +190,11 @@ def lately(
     since = (time.time() if now is None else now) - seconds(policy.when.since)
     return [r for r in rows if r["time"] >= since]
 
-# %% ../../nbs/cli/13a_retrain.ipynb #a69db279
-def untracked(folder: Path) -> None:
-    "Take away the tracking database of a run that recorded nothing yet: one killed while it was made cannot be opened."
-    state = folder / "state.json"
-    if state.exists() and not read_json(state)["parent_run"]:
-        for path in folder.glob("mlflow.db*"):
-            path.unlink()
-
 # %% ../../nbs/cli/13a_retrain.ipynb #b4843430
 def carry_out(ledger: Ledger, entry: Entry) -> Entry:
     "Run the jobs of an entry, or go on with them, and write down how it ended."
     policy, served = RetrainPolicy.from_dict(entry.policy), Served(**entry.served)
     folder = ledger.folder(entry)
-    untracked(folder)
     line = Line("monitor retrain", retrain_stages(policy, served, entry.data), folder, {"id": entry.id})
     try:
         done = line.run(resume=(folder / "state.json").exists())
@@ -227,6 +218,14 @@ def measured(folder: Path) -> dict[str, float]:
         found = next(folder.glob("*_compare_models"), folder)
         return read_result(found)["metrics"]
     return {}
+
+# %% ../../nbs/cli/13a_retrain.ipynb #ca34140f
+def comparison(folder: Path) -> list[dict[str, Any]]:
+    "The lines in which compare_models held both models against each other, if a run folder came that far."
+    with suppress(DataError):
+        found = next(folder.glob("*_compare_models"), folder)
+        return read_result(found)["tables"].get("losses", [])
+    return []
 
 # %% ../../nbs/cli/13a_retrain.ipynb #8a291513
 def new_entry(

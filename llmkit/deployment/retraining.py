@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FURTHER', 'OURS', 'When', 'Gates', 'RetrainPolicy', 'PreferJob', 'training_values', 'evaluation_values',
-           'load_policy', 'Facts', 'Decision', 'reasons', 'objections', 'decide', 'marked', 'accuracy_of']
+           'load_policy', 'save_policy', 'Facts', 'Decision', 'reasons', 'objections', 'decide', 'marked',
+           'accuracy_of']
 
 # %% ../../nbs/deployment/06b_retraining.ipynb #64eb977d
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,20 @@ class RetrainPolicy(Config):
     train: dict[str, Any] = field(default_factory=dict)  # fields of TrainJob (under dpo: of PreferJob)
     evaluate: dict[str, Any] = field(default_factory=dict)  # fields of EvaluateJob: sizes, tasks
     gates: Gates = field(default_factory=Gates)
+
+    @classmethod
+    def tiny(cls, **values: Any) -> Self:
+        "Seconds, for tests: the model hardly knew anything."
+        made: dict[str, Any] = {"when": When(rows=40, labelled=10), "take": Take(similarity=1.0)}
+        made |= {"train": {"steps": 40, "length": 64, "batch_size": 8}, "evaluate": {"answers": 4}}
+        return cls(**(made | {"gates": Gates(bounds="smoke", new_drop=0.5, windows=16)} | values))
+
+    @classmethod
+    def quickstart(cls, **values: Any) -> Self:
+        "Small steps: some twenty seconds on two cores with a model of a few million parameters."
+        made: dict[str, Any] = {"when": When(rows=100, labelled=50), "evaluate": {"windows": 32}}
+        made |= {"train": {"steps": 60, "length": 128, "batch_size": 8, "mix": 0.25}}
+        return cls(**(made | {"gates": Gates(bounds="smoke", new_drop=0.5, old_rise=0.1)} | values))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -161,6 +176,14 @@ def load_policy(path: str | Path) -> RetrainPolicy:
         return RetrainPolicy.from_dict(values)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e.message}", e.hint) from e
+
+# %% ../../nbs/deployment/06b_retraining.ipynb #1c21f418
+def save_policy(policy: RetrainPolicy, path: str | Path) -> Path:
+    "Write a policy into a YAML file, for people to read and change."
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(policy.to_dict(), sort_keys=False, allow_unicode=True), "utf-8")
+    return Path(path)
 
 # %% ../../nbs/deployment/06b_retraining.ipynb #26b43bd2
 @dataclass
