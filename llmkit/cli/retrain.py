@@ -23,7 +23,7 @@ from ..runner.line import Interrupted, Line, Results, Stage
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
            'facts_of', 'Outcome', 'retraining_row', 'lately', 'carry_out', 'measured', 'comparison', 'new_entry',
-           'retrain']
+           'settled', 'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -246,6 +246,14 @@ def new_entry(
     id += f"-{again}" if again else ""
     return Entry(id, now, why, str(got.folder), policy.to_dict(), vars(served).copy())
 
+# %% ../../nbs/cli/13a_retrain.ipynb #a8e42f99
+def settled(ledger: Ledger, served: Served, rows: Sequence[Mapping[str, Any]], decision: str) -> Outcome:
+    "An outcome without a training; with what the last one led to, if that knew all of these rows."
+    last = ledger.entries[-1] if ledger.entries else None
+    if last is None or last.served != vars(served) or any(r["time"] > last.started for r in rows):
+        return Outcome(decision)
+    return Outcome(decision, last, ledger.folder(last), measured(ledger.folder(last)))
+
 # %% ../../nbs/cli/13a_retrain.ipynb #e6d1d529
 def retrain(
     policy: RetrainPolicy,
@@ -269,7 +277,7 @@ def retrain(
         if force:
             decision = Decision([f"asked for by hand: {force}", *decision.asked], decision.against)
         if not decision.go:
-            return Outcome(str(decision))
+            return settled(ledger, served, rows, str(decision))
         try:
             entry = ledger.save(new_entry(ledger, policy, served, rows, decision.asked, now))
         except DataError as e:

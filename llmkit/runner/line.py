@@ -140,7 +140,7 @@ def tracking(out: Path, line: str, parent: str | None) -> Iterator[Tracker]:
 # %% ../../nbs/runner/03_line.ipynb #5adc2ba4
 def whole(database: Path) -> bool:
     "Whether MLflow came to the end of making its database."
-    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as db:
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as db:
         return db.execute("SELECT count(*) FROM experiments").fetchone()[0] > 0
     return False
 
@@ -199,7 +199,8 @@ class Line:
         with unwinding(self.out, self.name, fresh), locked(self.out), interruptible(lambda: None):
             self.state = load_state(self.out, self.name, self.params)
             write_json(self.out / "state.json", self.state)
-            untracked(self.out)
+            if not self.state["parent_run"]:
+                untracked(self.out)
             with tracking(self.out, self.name, self.state["parent_run"]) as tracker, display:
                 walk(self, tracker, display)
         return self.results
