@@ -63,8 +63,8 @@ class RolloutJob(Config):
     @classmethod
     def quickstart(cls, **values: Any) -> Self:
         "Some twenty seconds with a model of a few million parameters."
-        sizes = {"max_requests": 3000, "windows": 300, "window_tokens": 64, "quantile": 0.05, "steps": 24}
-        return cls(**{**sizes, **values})
+        sizes = {"max_requests": 3000, "windows": 300, "window_tokens": 64, "quantile": 0.05, "steps": 24} | values
+        return cls(**sizes)
 
 # %% ../../nbs/deployment/04g_release.ipynb #913f4503
 def job_plan(cfg: RolloutJob) -> Plan:
