@@ -85,9 +85,9 @@ class TrafficJob(Config):
     out: str = ""  # run folder; empty for a temporary one
     model: str = ""  # model folder; empty for random weights
     kind: str = "German"  # of text that users write: German, French, documentation, JSON logs
-    requests: Annotated[int, Ge(1)] = 30
-    users: Annotated[int, Ge(1)] = 12
-    max_tokens: Annotated[int, Ge(1)] = 16  # of a reply
+    requests: Annotated[int, Ge(1)] = 120
+    users: Annotated[int, Ge(1)] = 30
+    max_tokens: Annotated[int, Ge(1)] = 8  # of a reply
     concurrency: Annotated[int, Ge(1)] = 8  # requests in flight
     variant: str = "auto"  # how the model is run: auto, torch, fp32, int4
     quiet: bool = False  # the model's profile must find nothing new in the prompts
@@ -102,12 +102,12 @@ class TrafficJob(Config):
     @classmethod
     def tiny(cls, **values: Any) -> Self:
         "Seconds, for tests: enough rows for the smallest policy."
-        return cls(**{"requests": 120, "users": 30, "max_tokens": 8} | values)
+        return cls(**values)
 
     @classmethod
     def quickstart(cls, **values: Any) -> Self:
         "A few seconds with a model of a few million parameters."
-        return cls(**{"requests": 240, "users": 40} | values)
+        return cls(**{"requests": 240, "users": 40, "max_tokens": 16} | values)
 
 # %% ../../nbs/deployment/01a_users.ipynb #fa6e1d46
 def opinions(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
