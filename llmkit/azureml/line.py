@@ -27,9 +27,11 @@ def line_spec(
     target: Target,
     environment: str,  # azureml:NAME:VERSION
     variables: Mapping[str, str] | None = None,
+    drift: bool = False,
 ) -> dict[str, Any]:
     "The command job that runs the whole line."
     _, texts, inputs = split_inputs({f"data_{i}": path for i, path in enumerate(data)})
-    options = [f"--preset {preset}", f"--seed {seed}", *(f'--data "{text}"' for text in texts.values())]
+    options = [f"--preset {preset}", f"--seed {seed}", *["--drift"] * drift]
+    options += [f'--data "{text}"' for text in texts.values()]
     line = LINE.format(options=" ".join(options), target=RUN)
     return frame(target, environment, line, "quickstart", inputs, variables)

@@ -181,12 +181,13 @@ class Submitting(Posting):
             spec = sweep_spec(spec, sweep, target, parallel or 1)
         return self.post(spec, f"{find_job(notebook).stem}{'-sweep' if sweep else ''}", target)
 
-    def submit_line(self, data: list[str], preset: str, seed: int, **options: Any) -> str:
+    def submit_line(self, data: list[str], preset: str, seed: int, drift: bool = False, **options: Any) -> str:
         "Send the whole line as one job; its id. Safe to call again."
         target = self.target(options)
         check_target(target, cluster_files(self.home))
         named = environment_name(self.source(target))
-        return self.post(line_spec(data, preset, seed, target, named, self.variables()), "quickstart", target)
+        spec = line_spec(data, preset, seed, target, named, self.variables(), drift)
+        return self.post(spec, "quickstart", target)
 
 # %% ../../nbs/azureml/08_place.ipynb #2827394b
 class Filing(Submitting):

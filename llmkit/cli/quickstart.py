@@ -77,18 +77,26 @@ def preset_params(job: str, preset: Preset, given: dict[str, Any], seed: int) ->
     return {n: values[n] for n in known if n != "out"}
 
 # %% ../../nbs/cli/03_quickstart.ipynb #f9c9f096
-def stages(data: list[str], preset: Preset, seed: int) -> list[Stage]:
-    "The nine stages."
+def stages(data: list[str], preset: Preset, seed: int, drift: bool = False) -> list[Stage]:
+    "The nine stages; with `drift`, those of the recovery after them."
 
     def params(name: str) -> Callable[[Results], dict[str, Any]]:
         return lambda done: preset_params(name, preset, inputs(name, done, data), seed)
 
-    return [
+    nine = [
         Stage(name, name, params(name), budget, resumes=name == "train_model", always=name == "write_report")
         for name, budget in BUDGETS.items()
     ]
+    if not drift:
+        return nine
+    from llmkit.cli.recovery import recovery_stages
+
+    return nine + recovery_stages(preset, seed)
 
 # %% ../../nbs/cli/03_quickstart.ipynb #fc1ce45e
+_REPORT = "{stages:.0f} stages, {misses:.0f} bounds missed, {report_bytes:,.0f} bytes"
+_TRAFFIC = "{requests:.0f} requests, evidence of drift 10^{evidence_of_drift:.1f}, {satisfaction:.0%} of"
+_TRAFFIC += " {thumbs:.0f} thumbs up"
 NUMBERS = {
     "prepare_data": "{bytes:,.0f} bytes, {tokens_train:,.0f} tokens to train on, {pairs:,.0f} pairs",
     "train_model": "{parameters:,.0f} parameters, loss {loss:.3f} (unigram entropy {unigram_entropy:.3f})",
@@ -102,7 +110,13 @@ NUMBERS = {
     " {greedy_equal:.0f} of {greedy_prompts:.0f}",
     "monitor_model": "{requests:.0f} requests, {error_rate:.1%} errors, first token p95 {ttft_p95_s:.3f} s",
     "rollout_model": "damaged back after {damaged_requests:.0f} requests, healthy out after {healthy_requests:.0f}",
-    "write_report": "{stages:.0f} stages, {misses:.0f} bounds missed, {report_bytes:,.0f} bytes",
+    "write_report": _REPORT,
+    "drifted_traffic": _TRAFFIC,
+    "retrain_model": "loss on the new text {loss_new_before:.2f} -> {loss_new:.2f}, on the old {loss_old_before:.2f} ->"
+    " {loss_old:.2f}",
+    "release_candidate": "promoted after {candidate_requests:.0f} requests: version {champion_version:.0f} is champion",
+    "recovered_traffic": _TRAFFIC,
+    "report_recovery": _REPORT,
 }
 
 # %% ../../nbs/cli/03_quickstart.ipynb #b8c2bce4
@@ -137,9 +151,10 @@ def tell(out: Path) -> None:
 
     console = Console()
     Console(width=None if console.is_terminal else 140).print(summary(out))
-    row = read_json(out / "state.json")["stages"].get("write_report", {})
-    if row.get("status") == "finished":
-        print(f"\nreport: {read_result(out / row['folder'])['outputs']['report']}", flush=True)
+    rows = read_json(out / "state.json")["stages"]
+    written = [rows[n] for n in ("write_report", "report_recovery") if rows.get(n, {}).get("status") == "finished"]
+    if written:  # the last one knows the most
+        print(f"\nreport: {read_result(out / written[-1]['folder'])['outputs']['report']}", flush=True)
 
 # %% ../../nbs/cli/03_quickstart.ipynb #df18bf79
 def options(out: Path, resume: bool, **given: Any) -> dict[str, Any]:
@@ -185,6 +200,7 @@ def quickstart(
     resume: Annotated[bool, typer.Option("--resume", help="Continue after the last finished stage.")] = False,
     preset: Annotated[str | None, typer.Option(help="quickstart (five minutes) or tiny (one).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    drift: Annotated[bool, typer.Option("--drift", help="Then let the traffic drift, and recover; 2 minutes.")] = False,
     on: Annotated[str, typer.Option(help="Where: here or azureml.")] = "here",
     compute: Annotated[str, typer.Option(help="Azure ML: the cluster.")] = "",
 ) -> None:
@@ -198,9 +214,14 @@ def quickstart(
         refuse({"resume": resume}, "the same call again goes on with the same job")
     vet(out.resolve(), resume)
     files = [str(Path(d).expanduser().resolve()) for d in data] if data else None
-    chosen = checked(options(out.resolve(), resume, data=files, preset=preset, seed=seed), resume)
+    asked = {"data": files, "preset": preset, "seed": seed, "drift": drift or None}
+    chosen = checked(options(out.resolve(), resume, **asked), resume)
     if on != "here":
         return away(out, on, compute, chosen)
+    if resume and drift and (out / "state.json").exists():
+        from llmkit.cli.recovery import go_on
+
+        go_on(out.resolve(), chosen)
     line = Line("quickstart", stages(**chosen), out, chosen)
     try:
         line.run(resume)

@@ -22,8 +22,8 @@ from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
-           'facts_of', 'Outcome', 'retraining_row', 'lately', 'untracked', 'carry_out', 'measured', 'new_entry',
-           'retrain']
+           'facts_of', 'Outcome', 'retraining_row', 'lately', 'carry_out', 'measured', 'comparison', 'new_entry',
+           'settled', 'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -190,20 +190,11 @@ def lately(
     since = (time.time() if now is None else now) - seconds(policy.when.since)
     return [r for r in rows if r["time"] >= since]
 
-# %% ../../nbs/cli/13a_retrain.ipynb #a69db279
-def untracked(folder: Path) -> None:
-    "Take away the tracking database of a run that recorded nothing yet: one killed while it was made cannot be opened."
-    state = folder / "state.json"
-    if state.exists() and not read_json(state)["parent_run"]:
-        for path in folder.glob("mlflow.db*"):
-            path.unlink()
-
 # %% ../../nbs/cli/13a_retrain.ipynb #b4843430
 def carry_out(ledger: Ledger, entry: Entry) -> Entry:
     "Run the jobs of an entry, or go on with them, and write down how it ended."
     policy, served = RetrainPolicy.from_dict(entry.policy), Served(**entry.served)
     folder = ledger.folder(entry)
-    untracked(folder)
     line = Line("monitor retrain", retrain_stages(policy, served, entry.data), folder, {"id": entry.id})
     try:
         done = line.run(resume=(folder / "state.json").exists())
@@ -228,6 +219,14 @@ def measured(folder: Path) -> dict[str, float]:
         return read_result(found)["metrics"]
     return {}
 
+# %% ../../nbs/cli/13a_retrain.ipynb #ca34140f
+def comparison(folder: Path) -> list[dict[str, Any]]:
+    "The lines in which compare_models held both models against each other, if a run folder came that far."
+    with suppress(DataError):
+        found = next(folder.glob("*_compare_models"), folder)
+        return read_result(found)["tables"].get("losses", [])
+    return []
+
 # %% ../../nbs/cli/13a_retrain.ipynb #8a291513
 def new_entry(
     ledger: Ledger, policy: RetrainPolicy, served: Served, rows: Sequence[Mapping[str, Any]], why: list[str], now: float
@@ -246,6 +245,14 @@ def new_entry(
     again = sum(e.id.startswith(id) for e in ledger.entries)
     id += f"-{again}" if again else ""
     return Entry(id, now, why, str(got.folder), policy.to_dict(), vars(served).copy())
+
+# %% ../../nbs/cli/13a_retrain.ipynb #a8e42f99
+def settled(ledger: Ledger, served: Served, rows: Sequence[Mapping[str, Any]], decision: str) -> Outcome:
+    "An outcome without a training; with what the last one led to, if that knew all of these rows."
+    last = ledger.entries[-1] if ledger.entries else None
+    if last is None or last.served != vars(served) or any(r["time"] > last.started for r in rows):
+        return Outcome(decision)
+    return Outcome(decision, last, ledger.folder(last), measured(ledger.folder(last)))
 
 # %% ../../nbs/cli/13a_retrain.ipynb #e6d1d529
 def retrain(
@@ -270,7 +277,7 @@ def retrain(
         if force:
             decision = Decision([f"asked for by hand: {force}", *decision.asked], decision.against)
         if not decision.go:
-            return Outcome(str(decision))
+            return settled(ledger, served, rows, str(decision))
         try:
             entry = ledger.save(new_entry(ledger, policy, served, rows, decision.asked, now))
         except DataError as e:

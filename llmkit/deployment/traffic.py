@@ -135,9 +135,10 @@ def next_token_accuracy(logprobs: Any) -> float:
     return float(np.mean([own >= max(top.values()) - 1e-9 for own, top in pairs]))
 
 # %% ../../nbs/deployment/01_traffic.ipynb #a0e3d6c5
-def post_label(client: Any, request_id: str, name: str, value: float) -> None:
-    "Post a label for an answered request to `/v1/feedback`."
-    client.post("/feedback", cast_to=object, body={"request_id": request_id, "name": name, "value": value})
+def post_label(client: Any, request_id: str, name: str, value: float | str) -> None:
+    "Post a label for an answered request to `/v1/feedback`: a number, or a text such as the right answer."
+    said = {"text": value} if isinstance(value, str) else {"value": value}
+    client.post("/feedback", cast_to=object, body={"request_id": request_id, "name": name, **said})
 
 # %% ../../nbs/deployment/01_traffic.ipynb #401792c3
 def ask_accuracy(

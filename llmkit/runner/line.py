@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from .display import Display
 from .run import end_leftover, interruptible, locked, run_job
 
 # %% auto #0
-__all__ = ['Results', 'Stage', 'vet', 'load_state', 'same', 'Tracker', 'tracking', 'Interrupted', 'unwinding', 'Line', 'portable',
-           'mark', 'keep', 'clear', 'step', 'walk']
+__all__ = ['Results', 'Stage', 'vet', 'load_state', 'same', 'Tracker', 'tracking', 'whole', 'untracked', 'Interrupted',
+           'unwinding', 'Line', 'portable', 'mark', 'keep', 'clear', 'step', 'walk']
 
 # %% ../../nbs/runner/03_line.ipynb #b60371eb
 @dataclass
@@ -136,6 +137,21 @@ def tracking(out: Path, line: str, parent: str | None) -> Iterator[Tracker]:
     finally:
         tracker.close(status)
 
+# %% ../../nbs/runner/03_line.ipynb #5adc2ba4
+def whole(database: Path) -> bool:
+    "Whether MLflow came to the end of making its database."
+    with suppress(sqlite3.Error), closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as db:
+        return db.execute("SELECT count(*) FROM experiments").fetchone()[0] > 0
+    return False
+
+
+def untracked(out: Path) -> None:
+    "Take away a tracking database in `out` that was killed while it was made."
+    database = out / "mlflow.db"
+    if database.exists() and not whole(database):
+        for path in out.glob("mlflow.db*"):  # with its journal, or that would be applied to the next one
+            path.unlink()
+
 # %% ../../nbs/runner/03_line.ipynb #38ef47a2
 class Interrupted(KeyboardInterrupt):
     "Ctrl-C or SIGTERM during a line; its text says how to continue."
@@ -183,6 +199,8 @@ class Line:
         with unwinding(self.out, self.name, fresh), locked(self.out), interruptible(lambda: None):
             self.state = load_state(self.out, self.name, self.params)
             write_json(self.out / "state.json", self.state)
+            if not self.state["parent_run"]:
+                untracked(self.out)
             with tracking(self.out, self.name, self.state["parent_run"]) as tracker, display:
                 walk(self, tracker, display)
         return self.results
