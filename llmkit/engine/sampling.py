@@ -15,8 +15,8 @@ from .penalties import Penalties, has_penalties
 from .request import SamplingParams, TokenLogprob
 
 # %% auto #0
-__all__ = ['BLOCK', 'SHORT', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist', 'draw',
-           'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs']
+__all__ = ['BLOCK', 'SHORT', 'TERMS', 'greedy', 'first_past', 'invert', 'soften', 'count_kept', 'best_values', 'shortlist',
+           'draw', 'Memory', 'Sampler', 'check_ids', 'choose', 'log_sum_exp', 'best_tokens', 'token_logprobs']
 
 # %% ../../nbs/engine/01_sampling.ipynb #49d84c73
 def greedy(
@@ -208,12 +208,21 @@ def choose(
     return tokens
 
 # %% ../../nbs/engine/01_sampling.ipynb #d1c28f6e
+TERMS = 2**16  # at a time, so that they stay in a cache
+
+
 def log_sum_exp(
     logits: np.ndarray,  # [n, V]
 ) -> np.ndarray:
     "Logarithm of the summed exponentials of each row, [n], float64 from float32 terms."
-    top = logits.max(axis=1, keepdims=True)
-    return top[:, 0].astype(np.float64) + np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
+    top, sums = logits.max(axis=1, keepdims=True), np.empty(len(logits))
+    rows = max(1, TERMS // logits.shape[1])
+    buffer = np.empty((min(rows, len(logits)), logits.shape[1]), logits.dtype)
+    for at in range(0, len(logits), rows):
+        some = logits[at : at + rows]
+        terms = np.subtract(some, top[at : at + rows], out=buffer[: len(some)])
+        sums[at : at + rows] = np.exp(terms, out=terms).sum(axis=1)
+    return top[:, 0] + np.log(sums)
 
 # %% ../../nbs/engine/01_sampling.ipynb #27ccb39f
 def best_tokens(
