@@ -215,14 +215,12 @@ def log_sum_exp(
     logits: np.ndarray,  # [n, V]
 ) -> np.ndarray:
     "Logarithm of the summed exponentials of each row, [n], float64 from float32 terms."
-    top, sums = logits.max(axis=1, keepdims=True), np.empty(len(logits))
     rows = max(1, TERMS // logits.shape[1])
-    buffer = np.empty((min(rows, len(logits)), logits.shape[1]), logits.dtype)
-    for at in range(0, len(logits), rows):
-        some = logits[at : at + rows]
-        terms = np.subtract(some, top[at : at + rows], out=buffer[: len(some)])
-        sums[at : at + rows] = np.exp(terms, out=terms).sum(axis=1)
-    return top[:, 0] + np.log(sums)
+    if len(logits) > rows:
+        return np.concatenate([log_sum_exp(logits[i : i + rows]) for i in range(0, len(logits), rows)])
+    top = logits.max(axis=1, keepdims=True)
+    terms = logits - top
+    return top[:, 0] + np.log(np.exp(terms, out=terms).sum(axis=1).astype(np.float64))
 
 # %% ../../nbs/engine/01_sampling.ipynb #27ccb39f
 def best_tokens(
