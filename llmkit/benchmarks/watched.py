@@ -64,9 +64,13 @@ class Amount:
     turns: int  # of each server in a round
     rate: float  # requests a second
     rows: int  # through the worker
+    shape: str  # of the model whose engine scores what it says
 
 
-AMOUNTS = {"tiny": Amount(2_000, 20, 30, 2, 200.0, 1_000), "full": Amount(20_000, 200, 100, 10, 150.0, 20_000)}
+AMOUNTS = {
+    "tiny": Amount(2_000, 20, 30, 2, 200.0, 1_000, "tiny"),
+    "full": Amount(20_000, 200, 100, 10, 150.0, 20_000, "S"),
+}
 
 # %% ../../nbs/benchmarks/26_watched.ipynb #53d1896e
 async def steady(url: str, body: dict[str, Any], n: int, rate: float, lanes: int = 16) -> list[float]:
