@@ -179,7 +179,8 @@ class Judging(Following):
         "One look."
         now = self.clock()
         seen = self.signals.look(state, self.book)
-        judged = look(JudgeState.from_dict(state.judge or {}), seen.windows)
+        known = JudgeState.from_dict(state.judge or {})
+        judged = look(known, {g.name: seen.windows[g.name] for g in known.gates if g.name in seen.windows})
         new = replace(
             state,
             cursor=seen.cursor,
