@@ -51,7 +51,8 @@ def readable(exp: Experiment, found: Outcomes, counts: np.ndarray) -> tuple[np.n
         return looks, times[looks], found.over
     full = np.flatnonzero(times >= 1 - 1e-9)
     looks = looks[looks <= full[0]] if len(full) else looks
-    return looks, times[looks], bool(found.over or len(full))
+    planned = found.over and not found.by_hand  # who chooses the end by the effect must not spend what is left of alpha
+    return looks, times[looks], bool(planned or len(full))
 
 # %% ../../nbs/deployment/05h_reading.ipynb #80dd1a3b
 def course(exp: Experiment, metric: Metric, found: Outcomes) -> Course:

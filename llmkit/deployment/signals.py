@@ -74,7 +74,13 @@ def count_new(gate: Gate, rows: Sequence[Row], state: RolloutState, book: Book) 
     return window, [(gate.name, key) for key in keys]
 
 # %% ../../nbs/deployment/04c_signals.ipynb #45b59c4d
-def looked(rows: Sequence[Row], state: RolloutState, book: Book, cursor: dict[str, float]) -> Look:
+def looked(
+    rows: Sequence[Row],
+    state: RolloutState,
+    book: Book,
+    cursor: dict[str, float],
+    whole: float = math.inf,  # the rows of all requests that arrived by then are there
+) -> Look:
     "A look at `rows`, all gates of the plan."
     found, gates = Look(cursor=cursor), Plan.from_dict(state.plan).gates
     answered = [r for r in rows if r.get("source") != "cache"]
@@ -85,7 +91,7 @@ def looked(rows: Sequence[Row], state: RolloutState, book: Book, cursor: dict[st
     for gate in gates:  # a label that came late makes no new request
         new -= book.counted(gate.name, new)
     found.requests = len(new)
-    everyone, keys = count_new(EVERY_ROW, rows, state, book)
+    everyone, keys = count_new(EVERY_ROW, [r for r in rows if r.get("time", 0.0) <= whole], state, book)
     if first := next((g.name for g in gates if g.kind == "events"), ""):
         found.windows[first] = replace(found.windows[first], arrived=everyone.new)
         found.counted += keys
@@ -185,7 +191,8 @@ class LogSignals(DriftRows):
             return self.skip(now, state)
         since = max(cursor["from"], cursor["now"] - self.late_s)
         rows = self.surprised(self.rows(since, state), state)
-        return looked(rows, state, book, {"from": cursor["from"], "now": now})
+        slowest = max((r["latency_s"] for r in rows), default=0.0)
+        return looked(rows, state, book, {"from": cursor["from"], "now": now}, now - min(2 * slowest, self.late_s))
 
     def skip(self, now: float, state: RolloutState) -> Look:
         "The clock was set back: what is in the log cannot be told from what comes; let it pass, and begin anew."
