@@ -263,6 +263,10 @@ class EndpointBackend(Ending):
         "The weights in force, deployment -> share; they sum to 1."
         return {name: share / 100 for name, share in self.shares().items()}
 
+    def possible(self, weights: Mapping[str, float]) -> None:
+        "`ConfigError` for what is no whole percent."
+        percents(weights)
+
     def set_traffic(self, weights: Mapping[str, float]) -> None:
         "Ask for new weights, and wait for them."
         self.put(percents(weights))

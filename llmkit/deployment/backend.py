@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..core.errors import ConfigError, ServiceError
 
 # %% auto #0
-__all__ = ['Backend', 'Shadowing', 'Salting', 'Target', 'equal_traffic', 'read_target', 'is_there', 'ask', 'Admin',
+__all__ = ['Backend', 'Shadowing', 'Salting', 'Choosy', 'Target', 'equal_traffic', 'read_target', 'is_there', 'ask', 'Admin',
            'RouterBackend', 'deal', 'settle', 'move_traffic']
 
 # %% ../../nbs/deployment/04_backend.ipynb #b1225ddb
@@ -53,6 +53,15 @@ class Salting(Protocol):
 
     def set_salt(self, salt: str) -> None:
         "Deal all sessions of the alias by this salt."
+        ...
+
+# %% ../../nbs/deployment/04_backend.ipynb #0d69913e
+@runtime_checkable
+class Choosy(Protocol):
+    "The part of a back end that cannot have all weights."
+
+    def possible(self, weights: Mapping[str, float]) -> None:
+        "`ConfigError` for weights that it cannot have."
         ...
 
 # %% ../../nbs/deployment/04_backend.ipynb #6c156dc7

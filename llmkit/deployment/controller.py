@@ -106,7 +106,7 @@ class Stepper(Failing):
         elif state.paused:
             return state
         else:
-            if state.phase in ("stage", "standby", "promoting"):
+            if state.phase in ("baseline", "stage", "standby", "promoting"):
                 self.check(state)
             new = getattr(self, state.phase)(state)
         if self.failures and not state.paused:

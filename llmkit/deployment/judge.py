@@ -82,7 +82,8 @@ def gate_state(values: Mapping[str, Any]) -> GateState:
 def start(plan: Plan, stage: int) -> JudgeState:
     "The state at the start of stage number `stage`; with all traffic at the canary only thresholds are left."
     weight = plan.stages[stage].weight
-    judged = [s for s in plan.stages if s.weight < 1] or plan.stages
+    alone = any(g.kind == "threshold" for g in plan.gates)  # a threshold needs no other arm
+    judged = [s for s in plan.stages if s.weight < 1 or alone] or plan.stages
     part = min(plan.stages[stage].alpha_weight / sum(s.alpha_weight for s in judged), 1.0)
     gates = [g for g in plan.gates if weight < 1 or g.kind == "threshold"]
     weights = sum(g.alpha_weight for g in gates)
@@ -178,16 +179,17 @@ def decide(
 
 
 def broken_split(state: JudgeState) -> Decision | None:
-    "Whether the requests do not follow the planned split; the first gate's, since every request should have that one."
-    mine, others = state.gates[0].counts.new
-    if state.weight == 1 or state.gates[0].kind == "threshold":
+    "Whether the requests do not follow the planned split: those that arrived at the first gate that compares arms."
+    first = next((g for g in state.gates if g.kind == "events"), None)
+    if state.weight == 1 or first is None:
         return None
+    mine, others = first.counts.new
     evidence = ratio_evidence(mine, mine + others, state.weight)
     if evidence < -math.log10(state.ratio_alpha):
         return None
     reason = f"the canary got {mine:,} of {mine + others:,} requests ({mine / (mine + others):.1%})"
     reason += f" where {state.weight:.1%} were planned: the router or the log is wrong"
-    return Decision("inconclusive", reason, state.gates[0].name, evidence, "hold")
+    return Decision("inconclusive", reason, first.name, evidence, "hold")
 
 
 def harmed(state: JudgeState) -> Decision | None:

@@ -112,6 +112,10 @@ class ObjectBackend(Kinded):
             raise ServiceError(f"{self.name}: the cluster is at change {seen} of {asked}", "it will catch up, or look")
         return {r: w for r, w in self.shares(found).items() if w > 0}
 
+    def possible(self, weights: Mapping[str, float]) -> None:
+        "`ConfigError` for what is no whole percent."
+        percents(weights)
+
     def set_traffic(self, weights: Mapping[str, float]) -> None:
         "Ask for new weights, on top of what the object is at that moment."
         whole = percents(weights)
@@ -210,6 +214,7 @@ class KServeBackend(ObjectBackend):
         "The share of the newest revision."
         status = self.predictor(found)
         newest, before = status.get("latestReadyRevision", ""), status.get("latestRolledoutRevision", "")
+        before = status.get("previousRolledoutRevision", before) if before == newest else before
         if unknown := next((n for n in weights if n not in (newest, before)), None):
             hint = f"it can split between the newest, {newest}, and the last that was rolled out, {before}"
             raise ConfigError(f"{self.name} cannot send traffic to {unknown!r}", hint)

@@ -102,6 +102,7 @@ class Outcomes:
     units: np.ndarray  # [look, arm]: that are due
     counts: dict[str, int]
     over: bool = False  # the planned time is over, or the experiment was ended
+    by_hand: bool = False  # ended before the planned time was over
 
     @property
     def looks(self) -> int:
@@ -170,7 +171,8 @@ def outcomes(
     both = sum(len(a) > 1 for a in seen.arms.values())
     seen.counts |= {"units": len(clean), "saw both arms": both}
     seen.counts["not yet due"] = len(seen.arms) - len(clean) - both
-    return Outcomes(y, x, {k: lay(v) for k, v in before.items()}, counts, seen.counts, over)
+    past = {k: lay(v) for k, v in before.items()}
+    return Outcomes(y, x, past, counts, seen.counts, over, ended and not looks_until(exp, start, now, False)[1])
 
 # %% ../../nbs/deployment/05b_outcomes.ipynb #fd74ca0d
 def past_values(exp: Experiment, rows: Sequence[Row], start: float, units: Sequence[str]) -> dict[str, list[float]]:

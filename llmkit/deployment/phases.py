@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from ..core.errors import ConfigError, ServiceError
-from .backend import Backend, is_there, read_target, settle
+from .backend import Backend, Choosy, is_there, read_target, settle
 from .journal import Book, Order
 from .judge import Decision, JudgeState, decide, extend, look, readings, start
 from .plan import Plan
@@ -134,10 +134,13 @@ class Preparing(Settling):
     "The phases before the first stage."
 
     def planned(self, state: RolloutState) -> RolloutState:
-        "See that all traffic is with the stable revision."
+        "See that all traffic is with the stable revision, and that every stage can be had."
         found, goal = read_target(self.backend), state.goal()
         if not is_there(found, goal):
             raise ConfigError(f"traffic is {found}, not all with {state.stable!r}", "finish the other rollout first")
+        if isinstance(self.backend, Choosy):
+            for i in range(len(state.plan["stages"])):
+                self.backend.possible(replace(state, phase="stage", stage=i).goal().weights)
         return self.go(state, "baseline", "baseline", settled=True, confirmed=goal.to_dict())
 
     def baseline(self, state: RolloutState) -> RolloutState:
@@ -179,7 +182,8 @@ class Judging(Following):
         "One look."
         now = self.clock()
         seen = self.signals.look(state, self.book)
-        judged = look(JudgeState.from_dict(state.judge or {}), seen.windows)
+        known = JudgeState.from_dict(state.judge or {})
+        judged = look(known, {g.name: seen.windows[g.name] for g in known.gates if g.name in seen.windows})
         new = replace(
             state,
             cursor=seen.cursor,

@@ -57,9 +57,17 @@ def planned_times(exp: Experiment) -> np.ndarray:
     return np.unique(np.round(np.minimum(hours[hours > 1e-9] / (exp.days * 24), 1.0), 9))
 
 
-def radius_of(exp: Experiment, times: Sequence[float] | np.ndarray, alpha: float, final: bool = False) -> np.ndarray:
+def radius_of(
+    exp: Experiment,
+    times: Sequence[float] | np.ndarray,
+    alpha: float,
+    final: bool = False,
+    known: Sequence[float] | np.ndarray | None = None,  # as in `group_radius`, in the measure of `times`
+) -> np.ndarray:
     "How many standard errors the experiment's intervals reach at `times`."
-    return anytime_radius(times, alpha) if exp.rule == "anytime" else group_radius(times, alpha, exp.spending, final)
+    if exp.rule == "anytime":
+        return anytime_radius(times if known is None else known, alpha)
+    return group_radius(times, alpha, exp.spending, final, known)
 
 # %% ../../nbs/deployment/05g_samplesize.ipynb #d308b52a
 def drift_at(exp: Experiment, base: Baseline, effect: float, units: float) -> float:

@@ -106,11 +106,13 @@ def boundaries(times: Sequence[float] | np.ndarray, alphas: Sequence[float] | np
 
 # %% ../../nbs/deployment/05d_sequential.ipynb #88106c8a
 @lru_cache(maxsize=4096)
-def _cached(kind: str, times: tuple[float, ...], alpha: float, final: bool) -> tuple[float, ...]:
+def _cached(
+    kind: str, times: tuple[float, ...], known: tuple[float, ...], alpha: float, final: bool
+) -> tuple[float, ...]:
     alphas = spent(kind, times, alpha)
     if final:
         alphas[-1] = alpha
-    return tuple(boundaries(times, alphas))
+    return tuple(boundaries(known, alphas))
 
 
 def group_radius(
@@ -118,9 +120,11 @@ def group_radius(
     alpha: float = 0.05,
     kind: str = "obrien-fleming",
     final: bool = False,  # the last look is the end, whatever its time is
+    known: Sequence[float] | np.ndarray | None = None,  # units with a value, in any measure; None: as times
 ) -> np.ndarray:
     "How many standard errors the interval of each look reaches, so that all intervals hold together with 1 - alpha."
-    return np.array(_cached(kind, tuple(round(float(t), 6) for t in times), float(alpha), final))
+    at, on = (tuple(round(float(t), 6) for t in v) for v in (times, times if known is None else known))
+    return np.array(_cached(kind, at, on, float(alpha), final))
 
 # %% ../../nbs/deployment/05d_sequential.ipynb #d7620b97
 def sequential_p(

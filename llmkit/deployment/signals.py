@@ -22,8 +22,8 @@ from .windows import Sessions, Window, count
 from ..monitoring.surprise import Surprise
 
 # %% auto #0
-__all__ = ['Row', 'UNTOLD', 'Traffic', 'Look', 'Signals', 'count_new', 'looked', 'LogRows', 'wants_drift', 'DriftRows',
-           'LogSignals', 'as_rows', 'LabelSignals']
+__all__ = ['Row', 'EVERY_ROW', 'UNTOLD', 'Traffic', 'Look', 'Signals', 'count_new', 'looked', 'LogRows', 'wants_drift',
+           'DriftRows', 'LogSignals', 'as_rows', 'LabelSignals']
 
 # %% ../../nbs/deployment/04c_signals.ipynb #5afc0f18
 Row = Mapping[str, Any]
@@ -58,6 +58,9 @@ class Signals(Protocol):
         ...
 
 # %% ../../nbs/deployment/04c_signals.ipynb #fc5b326c
+EVERY_ROW = Gate(name="", bad="error")  # whose sessions are those that arrived: of a row without a label, too
+
+
 def count_new(gate: Gate, rows: Sequence[Row], state: RolloutState, book: Book) -> tuple[Window, list[tuple[str, str]]]:
     "The window of one gate over the rows that it has not counted yet, and the keys to remember."
     says = {r["id"]: r for r in rows if field_of(r, gate.predicate.name) is not None}  # by id: twice is once
@@ -71,16 +74,27 @@ def count_new(gate: Gate, rows: Sequence[Row], state: RolloutState, book: Book) 
     return window, [(gate.name, key) for key in keys]
 
 # %% ../../nbs/deployment/04c_signals.ipynb #45b59c4d
-def looked(rows: Sequence[Row], state: RolloutState, book: Book, cursor: dict[str, float]) -> Look:
+def looked(
+    rows: Sequence[Row],
+    state: RolloutState,
+    book: Book,
+    cursor: dict[str, float],
+    whole: float = math.inf,  # the rows of all requests that arrived by then are there
+) -> Look:
     "A look at `rows`, all gates of the plan."
     found, gates = Look(cursor=cursor), Plan.from_dict(state.plan).gates
+    answered = [r for r in rows if r.get("source") != "cache"]
     for gate in gates:
-        found.windows[gate.name], keys = count_new(gate, rows, state, book)
+        found.windows[gate.name], keys = count_new(gate, answered, state, book)
         found.counted += keys
     new = {key for _, key in found.counted if key.startswith("r:")}
     for gate in gates:  # a label that came late makes no new request
         new -= book.counted(gate.name, new)
     found.requests = len(new)
+    everyone, keys = count_new(EVERY_ROW, [r for r in rows if r.get("time", 0.0) <= whole], state, book)
+    if first := next((g.name for g in gates if g.kind == "events"), ""):
+        found.windows[first] = replace(found.windows[first], arrived=everyone.new)
+        found.counted += keys
     return found
 
 # %% ../../nbs/deployment/04c_signals.ipynb #1dcad195
@@ -109,11 +123,11 @@ class LogRows:
 
         aside = state.strategy == "shadow"
         found = read_requests(self.log, since=since, alias=self.alias, shadows=aside)
-        mine = [r for r in found if r["revision"] in (state.canary, state.stable) and r.get("source") != "cache"]
-        mine = [r | {"cost": self.cost(r)} for r in mine]
+        mine = [r | {"cost": self.cost(r)} for r in found if r["revision"] in (state.canary, state.stable)]
         if not aside:
             return mine
-        copies = [r for r in mine if (r["revision"] == state.canary) == (r.get("source") == "shadow")]
+        asked = {state.stable: "", state.canary: "shadow"}  # nobody copies what came out of the cache
+        copies = [r for r in mine if (r.get("source") or "") == asked[r["revision"]]]
         return [r | {"session": f"{r['revision']}:{r['session']}" if r["session"] else ""} for r in copies]
 
     def cost(self, row: Row) -> float:
@@ -156,6 +170,7 @@ class LogSignals(DriftRows):
             return list(plan.gates)
         alone = replace(state, strategy="canary")
         rows = [r for r in self.rows(self.clock() - self.history_s, alone) if r["revision"] == state.stable]
+        rows = [r for r in rows if r.get("source") != "cache"]
         known = self.surprised(rows[-plan.baseline :], state)
         if len(rows) < plan.baseline:
             return None
@@ -176,14 +191,15 @@ class LogSignals(DriftRows):
             return self.skip(now, state)
         since = max(cursor["from"], cursor["now"] - self.late_s)
         rows = self.surprised(self.rows(since, state), state)
-        return looked(rows, state, book, {"from": cursor["from"], "now": now})
+        slowest = max((r["latency_s"] for r in rows), default=0.0)
+        return looked(rows, state, book, {"from": cursor["from"], "now": now}, now - min(2 * slowest, self.late_s))
 
     def skip(self, now: float, state: RolloutState) -> Look:
         "The clock was set back: what is in the log cannot be told from what comes; let it pass, and begin anew."
         back = state.cursor["now"] - now
         rows = self.rows(min(now, state.cursor["from"]) - self.late_s, state)
         gates = Plan.from_dict(state.plan).gates
-        known = [(g.name, f"r:{r['id']}") for g in gates for r in rows]
+        known = [(g.name, f"r:{r['id']}") for g in [*gates, EVERY_ROW] for r in rows]
         note = f"the clock was set back by {back:.0f} s: {len(rows)} rows are left out"
         return Look({g.name: Window() for g in gates}, known, {"from": now, "now": now}, 0, note)
 

@@ -94,9 +94,9 @@ VERDICTS = ("continue", "rollback", "promote", "inconclusive")
 
 def verdicts(state: JudgeState, bets: list[Bets]) -> np.ndarray:
     "The verdict on every canary so far, as a number; the questions in the order of `decide`."
-    first, none = bets[0], np.zeros(len(bets[0].canary), bool)
-    split = none
-    if state.weight < 1 and first.gate.kind == "events":
+    none = np.zeros(len(bets[0].canary), bool)
+    split, first = none, next((b for b in bets if b.gate.kind == "events"), None)
+    if state.weight < 1 and first:
         evidence = ratio_evidence(first.canary, first.canary + first.stable, state.weight)
         split = evidence >= -math.log10(state.ratio_alpha)
     harmed = np.logical_or.reduce([b.harmed for b in bets])

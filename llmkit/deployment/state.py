@@ -87,7 +87,8 @@ class RolloutState(Standing):
             return Target({self.stable: 1.0})
         if self.strategy == "shadow":
             return Target({self.stable: 1.0}, (self.canary, self.weight()))
-        return Target({self.stable: 1 - self.weight(), self.canary: self.weight()})
+        weights = {self.stable: 1 - self.weight(), self.canary: self.weight()}
+        return Target({r: w for r, w in weights.items() if w})
 
     def __str__(self) -> str:
         if self.phase == "done":

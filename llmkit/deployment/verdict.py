@@ -113,7 +113,7 @@ def decide(s: Study, look: int) -> tuple[Verdict, str]:
     if s.exp.aa:
         return decide_aa(s, look, worse + better)
     if harmed := named(s.guards, guards, "harmed"):
-        return "do not ship", f"{' and '.join(harmed)} got worse than is allowed"
+        return "do not ship", f"{' and '.join(harmed)} got worse, and nothing shows that it is within what is allowed"
     if worse:
         return "do not ship", f"{' and '.join(worse)} got worse"
     if better and all(g == "kept" for g in guards):
