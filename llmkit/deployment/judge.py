@@ -233,6 +233,8 @@ def waiting(state: JudgeState, over: bool) -> Decision:
     evidence = float(total(first.safe))
     need = f"evidence {to_one(evidence)} that it is not {first.margin:g} times as bad"
     need += f", {to_one(-math.log10(first.promote_alpha))} is asked"
+    if first.kind == "events" and not first.counts.canary_bad + first.counts.stable_bad:
+        need += " (none was bad in either arm: with 'required: false' the gate waits for none, and can only roll back)"
     if not over:
         return Decision("continue", f"{compare(first)}; {need}", first.name, evidence)
     then: Then = "extend" if state.extensions else "hold"
