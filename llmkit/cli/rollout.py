@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .telling import drive, ended, gate_line, running, time_of, told, when
+from .telling import drive, ended, gate_line, rules_of, running, time_of, told, when
 from ..core.config import nearest
 from ..core.errors import ConfigError, MissingError, RunError
 
@@ -183,14 +183,14 @@ def status(id: Id = "", as_json: Json = False) -> None:
     read = str(Target.from_dict(state.confirmed)) if state.confirmed else "not read yet"
     asked = "" if state.settled else f"; {state.goal()} is asked for, and not read back yet"
     facts = {"rollout": book.folder.name, "alias": state.alias, "canary": state.canary, "stable": state.stable}
-    facts |= {"state": str(state) + time_of(state), "traffic": read + asked, "requests": f"{state.requests:,}"}
+    facts |= {"state": str(state), "so far": time_of(state), "traffic": read + asked, "requests": f"{state.requests:,}"}
     facts |= {"why": state.reason} if state.phase != "done" else {}
     facts |= {"begun": f"{when(entries[0].time)} by {entries[0].who}"}
     if state.phase != "done" and not running(book.folder):
         facts["at work"] = f"nobody; go on with: llmkit rollout resume {book.folder.name}"
     print("\n".join(f"{name:9} {value}" for name, value in facts.items() if value))
     for g in readings(JudgeState.from_dict(state.judge)) if state.judge else ():
-        print(f"{g['gate']:9} {gate_line(g)}")
+        print(f"{g['gate']:9} {gate_line(g, rules_of(state)[g['gate']])}")
 
 # %% ../../nbs/cli/11_rollout.ipynb #cf2c065d
 @app.command()
@@ -229,8 +229,10 @@ def ordered(action: Any, id: str, why: str, port: int | None = None) -> Any:
         book.order(action, whoami(), why)
     if not running(book.folder):
         return drive(book, port)
-    asked = f"{action} is asked of" if action != "resume" or state.paused else "there is nothing to resume:"
-    print(f"{asked} the controller that runs {book.folder.name}" + ("" if asked.endswith("of") else " is at it"))
+    if action == "resume" and not state.paused:
+        print(f"{book.folder.name} is neither paused nor killed: a controller is at work")
+    else:
+        print(f"{action} is asked of the controller that runs {book.folder.name}")
     return None
 
 # %% ../../nbs/cli/11_rollout.ipynb #578c44e0

@@ -5,6 +5,7 @@
 # %% ../../nbs/cli/11c_telling.ipynb #663b033f
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import typer
 from ..core.errors import RunError
 
 # %% auto #0
-__all__ = ['when', 'told', 'standing', 'Telling', 'drive', 'ended', 'running', 'time_of', 'gate_line']
+__all__ = ['when', 'told', 'standing', 'rules_of', 'Telling', 'drive', 'ended', 'running', 'time_of', 'gate_line']
 
 # %% ../../nbs/cli/11c_telling.ipynb #0495d60a
 def when(seconds: float) -> str:
@@ -52,6 +53,15 @@ def standing(state: Any, last: Any) -> str:
     return f"{state}, {state.requests:,} requests{seen}" if state.phase == "stage" else f"{state}{seen}"
 
 # %% ../../nbs/cli/11c_telling.ipynb #24a403cc
+def rules_of(state: Any) -> dict[str, str]:
+    "What each gate calls bad, with the lines that were measured."
+    from llmkit.deployment.plan import as_gate
+
+    gates = [as_gate(g) for g in state.plan["gates"]]
+    rules = {g.name: g.threshold if g.kind == "threshold" else g.rule for g in gates}
+    return {name: re.sub(r"\d+\.\d{5,}", lambda m: f"{float(m[0]):.4g}", rule) for name, rule in rules.items()}
+
+
 class Telling:
     "Prints what a step changed."
 
@@ -66,6 +76,8 @@ class Telling:
         for e in self.book.entries(after=self.last):
             self.last = e.seq
             if text := told(e):
+                if e.kind == "begin":
+                    text += f"; bad is {' or '.join(rules_of(state).values())}"
                 self.say(e.time, text, 60.0)
             elif time.monotonic() - self.told >= self.patience:
                 self.say(e.time, standing(state, e), 2 * self.patience)
@@ -125,10 +137,10 @@ def time_of(state: Any) -> str:
     if state.phase != "stage" or not (whole := state.plan["stages"][state.stage]["duration"]):
         return ""
     more = "" if state.elapsed <= seconds(whole) else ", extended"
-    return f", {duration(state.elapsed)} of {whole}{more} after {state.looks:,} looks"
+    return f"{duration(state.elapsed)} of {whole}{more}, {state.looks:,} looks"
 
 
-def gate_line(g: dict[str, Any]) -> str:
+def gate_line(g: dict[str, Any], bad: str) -> str:
     "What a gate counted, and its evidence beside what is asked."
     from llmkit.deployment.judge import to_one
 
@@ -137,4 +149,4 @@ def gate_line(g: dict[str, Any]) -> str:
         f"{what}: evidence {to_one(g[key])}, {to_one(g[f'{key}_asked'])} is asked"
         for what, key in (("to roll back", "harm"), ("to promote", "safe"))
     )
-    return f"{counts}; {'; '.join(bets)}"
+    return f"{counts} (bad is {bad}); {'; '.join(bets)}"

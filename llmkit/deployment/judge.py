@@ -187,6 +187,7 @@ def broken_split(state: JudgeState) -> Decision | None:
         return None
     reason = f"the canary got {mine:,} of {mine + others:,} requests ({mine / (mine + others):.1%})"
     reason += f" where {state.weight:.1%} were planned: the router or the log is wrong"
+    reason += ", or the canary does not answer" if mine < state.weight * (mine + others) else ""
     return Decision("inconclusive", reason, state.gates[0].name, evidence, "hold")
 
 
@@ -207,7 +208,8 @@ def missing(state: JudgeState) -> Decision | None:
     silent = next((g for g in state.gates if g.silent >= g.patience), None)
     if silent is None:
         return None
-    arm = "the canary" if not silent.counts.canary else "one of the arms"
+    c = silent.counts
+    arm = "the canary" if c.stable and not c.canary else "one of the arms" if c.total else "either arm"
     reason = f"{silent.name}: no data of {arm} in {silent.silent} looks in a row, and no data is not a pass"
     return Decision("inconclusive", reason, silent.name, 0.0, "hold")
 
