@@ -104,7 +104,7 @@ def test_a_command_that_is_killed_is_taken_up(routed: World) -> None:
     llmkit.until_looked(looks + 2)
     assert "is asked of the controller that runs" in llmkit.run("abort", "--why", "the tone is wrong")
     said, _ = second.communicate(timeout=60)
-    assert second.returncode == 0 and "aborted: " in said and "the tone is wrong" in said, said
+    assert second.returncode == 1 and "aborted: " in said and "the tone is wrong" in said, said
     assert routed.routes.router.routes["llmkit"] == {"old": 1.0}
     journal = llmkit.run("history", "new")
     assert "the tone is wrong" in journal and "traffic is old 70 %, new 30 %" in journal

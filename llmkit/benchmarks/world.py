@@ -52,8 +52,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        "The routes."
-        body = json.dumps({"routes": self.server.router.routes, "shadows": {}}).encode()
+        "The routes, and the revisions that there are."
+        known = [{"name": name} for name in ("old", "new")]
+        body = json.dumps({"routes": self.server.router.routes, "shadows": {}, "revisions": known}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import ConfigError, MissingError
+from ..core.errors import ConfigError, DataError, MissingError
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Write down an A/B test, look at it, read its verdict."
@@ -80,6 +80,9 @@ def plan(file: File, log: Log = "", as_json: AsJson = False) -> None:
 
     exp = read_experiment(file)
     past = see(exp, rows_since(log, 0.0, exp.alias), 0.0).rows if log else None
+    if past is not None and not past:
+        hint = "clients name it in the header x-session-id" if exp.unit == "session" else "clients send `user`"
+        raise DataError(f"{log} has no request to {exp.control.model!r} that names its {exp.unit}", hint)
     lines = plan_lines(exp, past)
     if as_json:
         typer.echo(json.dumps(lines))
@@ -122,11 +125,11 @@ def stop(
     admin_key: Key = "",
     to: Annotated[str, typer.Option(help="control or treatment; without it, what the verdict says.")] = "",
 ) -> None:
-    "End the experiment and give all traffic to one revision."
+    "End the experiment and give all traffic to one revision; also one whose protocol was changed or lost."
     from llmkit.deployment.conduct import open_record
     from llmkit.deployment.conduct import stop as end
 
-    exp, record = open_record(file)
+    exp, record = open_record(file, check=False)
     admin, backend = backend_of(url, admin_key, exp.alias)
     with admin:
         end(exp, record, backend, to)

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .telling import drive, told, when
+from .telling import drive, ended, gate_line, rules_of, running, time_of, told, when
 from ..core.config import nearest
 from ..core.errors import ConfigError, MissingError, RunError
 
@@ -23,8 +24,8 @@ Port = Annotated[int | None, typer.Option("--metrics-port", help="Answer Prometh
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
-__all__ = ['app', 'Id', 'Why', 'Port', 'Json', 'rollouts', 'found', 'read_plan', 'plan', 'start', 'more_of', 'begun', 'status',
-           'history', 'ordered', 'pause', 'resume', 'abort', 'promote', 'watch']
+__all__ = ['app', 'Id', 'Why', 'Port', 'Json', 'rollouts', 'found', 'read_plan', 'plan', 'start', 'more_of', 'prepared', 'begun',
+           'status', 'history', 'ordered', 'pause', 'resume', 'abort', 'promote', 'watch']
 
 # %% ../../nbs/cli/11_rollout.ipynb #1bc27f74
 @app.callback()
@@ -32,7 +33,10 @@ def rollouts() -> None:
     "Plan, start, watch, pause and end rollouts."
 
 # %% ../../nbs/cli/11_rollout.ipynb #37bed7a2
-def found(id: str) -> Path:
+def found(
+    id: str,
+    sure: bool = False,  # whether a guess will not do
+) -> Path:
     "The folder of the rollout that was meant."
     from llmkit.deployment.controller import rollouts_home
     from llmkit.deployment.policy import history
@@ -41,7 +45,10 @@ def found(id: str) -> Path:
     if not past:
         raise MissingError(f"there are no rollouts in {rollouts_home()}", "llmkit rollout start begins one")
     if not id:
-        return next((p.folder for p in past if p.state.phase != "done"), past[0].folder)
+        runs = [p.folder for p in past if p.state.phase != "done"]
+        if sure and len(runs) > 1:
+            raise ConfigError("more than one rollout is under way", f"name one of {', '.join(r.name for r in runs)}")
+        return next(iter(runs), past[0].folder)
     hits = [p.folder for p in past if id in p.folder.name]
     if len(hits) != 1:
         names = [p.folder.name for p in past]
@@ -82,7 +89,8 @@ def plan(
         import yaml
 
         better = power.propose(rps, base, effect, plan=chosen, runs=runs)
-        stages = [{"traffic": round(s.weight * 100, 3), "duration": s.duration} for s in better.stages]
+        times = [{"duration": s.duration} if s.duration else {} for s in better.stages]
+        stages = [{"traffic": float(f"{s.weight * 100:.5g}")} | t for s, t in zip(better.stages, times, strict=True)]
         print("\nstages that work at this traffic:")
         print(yaml.safe_dump({"stages": stages}, sort_keys=False, default_flow_style=None).strip())
 
@@ -105,10 +113,12 @@ def start(
     why: Why = "",
     metrics_port: Port = None,
 ) -> None:
-    "Begin a rollout and stay with it until it is over; Ctrl-C leaves it to `resume`."
+    "Begin a rollout and stay with it until it is over; exit 1 if the canary is not promoted; Ctrl-C leaves it."
     setup = {"backend": backend, "place": server, "alias": alias, "log": log, "data": data, "every": every}
     setup |= more_of(more)
-    drive(begun(canary, stable, setup, read_plan(file), strategy, standby, wait, why), metrics_port)
+    chosen = read_plan(file)
+    prepared(canary, stable, setup, chosen, strategy)
+    ended(drive(begun(canary, stable, setup, chosen, strategy, standby, wait, why), metrics_port))
 
 # %% ../../nbs/cli/11_rollout.ipynb #fbbc1cc5
 def more_of(pairs: list[str]) -> dict[str, Any]:
@@ -122,21 +132,33 @@ def more_of(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
-def begun(
-    canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str, standby: str, wait: bool, why: str
-) -> Any:
-    "The journal of a new rollout."
+def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str) -> None:
+    "Look at all that the rollout needs before it is begun; its paths hold in any folder from here on."
     from typing import get_args
 
-    from llmkit.cli.target import Setup
-    from llmkit.deployment.controller import begin_rollout, rollouts_home
-    from llmkit.deployment.plan import seconds
-    from llmkit.deployment.state import RolloutState, Strategy
+    from llmkit.cli.target import Setup, ready
+    from llmkit.deployment.state import Strategy
 
+    for name in ("log", "data", "profile"):
+        if setup.get(name):
+            setup[name] = os.path.abspath(setup[name])
+    about = Setup.from_dict(setup)
     if strategy not in get_args(Strategy):
         raise ConfigError(f"there is no strategy {strategy!r}", nearest(strategy, get_args(Strategy)))
     if canary == stable:
         raise ConfigError(f"{canary!r} is to replace itself", "name two revisions")
+    ready(about, chosen, canary, stable, strategy)
+
+
+def begun(
+    canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str, standby: str, wait: bool, why: str
+) -> Any:
+    "The journal of a new rollout."
+    from llmkit.cli.target import Setup
+    from llmkit.deployment.controller import begin_rollout, rollouts_home
+    from llmkit.deployment.plan import seconds
+    from llmkit.deployment.state import RolloutState
+
     about = Setup.from_dict(setup)
     waits = seconds(standby) if strategy == "blue-green" and standby != "0" else 0.0
     parts: dict[str, Any] = {"alias": about.alias, "canary": canary, "stable": stable, "strategy": strategy}
@@ -161,15 +183,14 @@ def status(id: Id = "", as_json: Json = False) -> None:
     read = str(Target.from_dict(state.confirmed)) if state.confirmed else "not read yet"
     asked = "" if state.settled else f"; {state.goal()} is asked for, and not read back yet"
     facts = {"rollout": book.folder.name, "alias": state.alias, "canary": state.canary, "stable": state.stable}
-    facts |= {"state": str(state), "traffic": read + asked, "requests": f"{state.requests:,}"}
-    facts |= {"why": state.reason, "begun": f"{when(entries[0].time)} by {entries[0].who}"}
+    facts |= {"state": str(state), "so far": time_of(state), "traffic": read + asked, "requests": f"{state.requests:,}"}
+    facts |= {"why": state.reason} if state.phase != "done" else {}
+    facts |= {"begun": f"{when(entries[0].time)} by {entries[0].who}"}
+    if state.phase != "done" and not running(book.folder):
+        facts["at work"] = f"nobody; go on with: llmkit rollout resume {book.folder.name}"
     print("\n".join(f"{name:9} {value}" for name, value in facts.items() if value))
     for g in readings(JudgeState.from_dict(state.judge)) if state.judge else ():
-        print(
-            f"{g['gate']:9} canary {g['canary_bad']:,} of {g['canary']:,} bad, stable {g['stable_bad']:,} of"
-            f" {g['stable']:,}; to roll back {g['harm']:.1f} of {g['harm_asked']:.1f}, to promote"
-            f" {g['safe']:.1f} of {g['safe_asked']:.1f}"
-        )
+        print(f"{g['gate']:9} {gate_line(g, rules_of(state)[g['gate']])}")
 
 # %% ../../nbs/cli/11_rollout.ipynb #cf2c065d
 @app.command()
@@ -196,26 +217,23 @@ def history(
             print(f"{p.folder.name}  {when(p.began)}  {p.state.canary} for {p.state.alias}: {p.state}")
 
 # %% ../../nbs/cli/11_rollout.ipynb #57b9ecbf
-def ordered(action: Any, id: str, why: str, port: int | None = None) -> None:
-    "Ask for something: of the controller that runs, or else of one that is started for it."
-    from llmkit.core.run import locked
+def ordered(action: Any, id: str, why: str, port: int | None = None) -> Any:
+    "Ask for something: of the controller that runs, or else of one that is started for it, and the state it leaves."
     from llmkit.deployment.controller import whoami
     from llmkit.deployment.journal import Book
 
-    book = Book(found(id))
+    book = Book(found(id, sure=True))
     if (state := book.read()).phase == "done":
         raise RunError(f"{book.folder.name} is over: {state}", "llmkit rollout history has its journal")
     if action != "resume" or state.paused:
         book.order(action, whoami(), why)
-    try:
-        with locked(book.folder):
-            running = False
-    except RunError:
-        running = True
-    if running:
-        print(f"{action} is asked of the controller that runs {book.folder.name}")
+    if not running(book.folder):
+        return drive(book, port)
+    if action == "resume" and not state.paused:
+        print(f"{book.folder.name} is neither paused nor killed: a controller is at work")
     else:
-        drive(book, port)
+        print(f"{action} is asked of the controller that runs {book.folder.name}")
+    return None
 
 # %% ../../nbs/cli/11_rollout.ipynb #578c44e0
 @app.command()
@@ -226,8 +244,9 @@ def pause(id: Id = "", why: Why = "") -> None:
 
 @app.command()
 def resume(id: Id = "", why: Why = "", metrics_port: Port = None) -> None:
-    "Go on after a pause, a kill or Ctrl-C; stays with it until it is over."
-    ordered("resume", id, why, metrics_port)
+    "Go on after a pause, a kill or Ctrl-C; stays with it until it is over, and exits as `start` does."
+    if state := ordered("resume", id, why, metrics_port):
+        ended(state)
 
 
 @app.command()
@@ -239,7 +258,8 @@ def abort(id: Id = "", why: Why = "") -> None:
 @app.command()
 def promote(id: Id = "", why: Why = "") -> None:
     "Give the canary all traffic now, whatever the evidence; in the standby of blue and green, end that."
-    ordered("promote", id, why)
+    if state := ordered("promote", id, why):
+        ended(state)
 
 # %% ../../nbs/cli/11_rollout.ipynb #2b269d10
 @app.command()

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.card import ModelCard
-from ..core.config import Config
-from ..core.errors import ConfigError, DataError
-from ..deployment.backend import Backend
+from ..core.config import Config, nearest
+from ..core.errors import ConfigError, DataError, LLMKitError, MissingError
+from ..deployment.backend import Backend, Shadowing
 from ..deployment.controller import Controller
+from ..deployment.gates import Gate
 from ..deployment.journal import Book
 from ..deployment.plan import Plan, seconds
-from ..deployment.signals import Signals
+from ..deployment.signals import Look, Signals
+from ..deployment.state import RolloutState
 from ..monitoring.surprise import Surprise
 
 # %% auto #0
-__all__ = ['Kind', 'GIVE', 'Setup', 'open_backend', 'find_profile', 'open_signals', 'open_controller']
+__all__ = ['Kind', 'GIVE', 'Setup', 'open_backend', 'find_profile', 'ready', 'open_signals', 'NoSignals', 'open_controller']
 
 # %% ../../nbs/cli/11a_target.ipynb #495c6e2b
 Kind = Literal["router", "azure", "httproute", "knative", "kserve"]
@@ -59,11 +61,15 @@ class Setup(Config):
             self.fail("model", "must come with tracking, version and before")
         if self.every:
             seconds(self.every)
+        if self.backend == "router" and not self.place.startswith(("http://", "https://")):
+            self.fail("place", "must be the server's address, for example http://127.0.0.1:8000")
 
     @property
     def key(self) -> str:
         "What the alias belongs to, for the claim on it."
-        return f"{self.backend}:{self.context}:{self.namespace}:{self.place}"
+        if self.backend != "router":
+            return f"{self.backend}:{self.context}:{self.namespace}:{self.place}"
+        return self.place.rstrip("/").removesuffix("/v1").replace("://localhost", "://127.0.0.1")
 
 # %% ../../nbs/cli/11a_target.ipynb #738e09e2
 @contextmanager
@@ -111,6 +117,27 @@ def find_profile(setup: Setup, stable: str, backend: Any) -> Surprise:
     except DataError as e:
         raise ConfigError(f"the profile in {folder} cannot be used: {e.message}", e.hint) from e
 
+# %% ../../nbs/cli/11a_target.ipynb #81be6fcb
+def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> None:
+    "An error if a rollout of these two could not begin: nothing answers, or has such a revision, or holds evidence."
+    if setup.log and not Path(setup.log).is_file():
+        raise MissingError(f"there is no request log {setup.log}", "give the file that `llmkit serve --log` writes")
+    if setup.data:
+        from llmkit.data.prepared import Prepared
+
+        Prepared(setup.data)
+    with open_backend(setup) as backend:
+        backend.traffic()
+        if setup.backend == "router":
+            names = [str(r["name"]) for r in backend.admin.revisions()]
+            if odd := [name for name in (stable, canary) if name not in names]:
+                hint = f"{nearest(odd[0], names)}; llmkit serve NAME=FOLDER ... or PUT /admin/revisions/NAME loads one"
+                raise ConfigError(f"the server has no revision {odd[0]!r}", hint)
+        if strategy == "shadow" and not isinstance(backend, Shadowing):
+            raise ConfigError(f"the back end {setup.backend} cannot copy requests", "choose another strategy")
+        if any(g.predicate.name == "surprise" for g in plan.gates):
+            find_profile(setup, stable, backend)
+
 # %% ../../nbs/cli/11a_target.ipynb #20c612b2
 def open_signals(setup: Setup, plan: Plan, backend: Any, stack: ExitStack, stable: str) -> Signals:
     "The evidence: the users' requests, or held-out text with labels."
@@ -124,12 +151,33 @@ def open_signals(setup: Setup, plan: Plan, backend: Any, stack: ExitStack, stabl
     from llmkit.monitoring.monitor import prompt_windows
 
     azure = setup.backend == "azure"
-    url = setup.url or (backend.address() if azure else setup.place.removesuffix("/v1") + "/v1")
+    url = setup.url or (backend.address() if azure else setup.place.rstrip("/").removesuffix("/v1") + "/v1")
     key = backend.keys()[0] if azure else os.environ.get("LLMKIT_API_KEY", "")
     windows = prompt_windows(Prepared(setup.data), "test", max(plan.baseline, 120), 32)
     loop = LabelLoop(url, windows, setup.alias, key, post=not azure)  # an endpoint's label may reach the other side
     stack.callback(loop.close)
     return LabelSignals(loop)
+
+# %% ../../nbs/cli/11a_target.ipynb #0ee516ed
+class NoSignals:
+    "Evidence that cannot be opened: whoever asks for it hears why."
+
+    every = 1.0
+
+    def __init__(self, why: LLMKitError) -> None:
+        self.why = why
+
+    def measure(self, state: RolloutState) -> list[Gate] | None:
+        "Raises."
+        raise self.why
+
+    def begin(self, state: RolloutState) -> dict[str, float]:
+        "Raises."
+        raise self.why
+
+    def look(self, state: RolloutState, book: Book) -> Look:
+        "Raises."
+        raise self.why
 
 # %% ../../nbs/cli/11a_target.ipynb #8b076c37
 @contextmanager
@@ -144,5 +192,8 @@ def open_controller(book: Book) -> Iterator[Controller]:
         backend: Backend = stack.enter_context(open_backend(setup))
         champion = RegistryChampion(*names) if setup.model else None
         timeout = 10.0 if setup.backend == "router" else 120.0  # a cluster takes its time
-        signals = open_signals(setup, plan, backend, stack, state.stable)
+        try:
+            signals = open_signals(setup, plan, backend, stack, state.stable)
+        except LLMKitError as e:
+            signals = NoSignals(e)
         yield Controller(book, backend, signals, champion, timeout=timeout)

@@ -5,13 +5,17 @@
 # %% ../../nbs/cli/11c_telling.ipynb #663b033f
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from ..core.errors import RunError
+
 # %% auto #0
-__all__ = ['when', 'told', 'Telling', 'drive']
+__all__ = ['when', 'told', 'standing', 'rules_of', 'Telling', 'drive', 'ended', 'running', 'time_of', 'gate_line']
 
 # %% ../../nbs/cli/11c_telling.ipynb #0495d60a
 def when(seconds: float) -> str:
@@ -27,19 +31,43 @@ def told(entry: Any) -> str:
     why = f": {entry.why}" if entry.why else ""
     if entry.kind == "look":
         wants = f", so {Target.from_dict(data['wants'])}" if "wants" in data else ""
-        return f"{data['verdict']}{why}{wants}" if wants or data.get("then") or data["note"] else ""
+        wants = ", so the stage gets its time once more" if data.get("then") == "extend" else wants
+        note = f" ({data['note']})" if data["note"] else ""
+        return f"{data['verdict']}{why}{note}{wants}" if wants or note else ""
     if entry.kind == "settled":
         return f"traffic is {Target.from_dict(data['traffic'])}"
     if entry.kind == "failed":
-        return f"failed {data['times']} times{why}"
-    return "" if entry.kind in ("standby", "baseline") else f"{entry.kind}{by}{why}"
+        return f"try {data['times']} failed{why}"
+    if entry.kind == "baseline":
+        return "baseline: what is normal is measured on the stable revision's requests"
+    if entry.kind == "begin" and data["phase"] == "stage":
+        return "stage 1 begins"
+    return "" if entry.kind == "standby" else f"{entry.kind}{by}{why}"
+
+# %% ../../nbs/cli/11c_telling.ipynb #9edc3369
+def standing(state: Any, last: Any) -> str:
+    "Where a rollout stands in which nothing changes; `last` is the newest line of its journal."
+    seen = f"; {last.why}" if last.kind == "look" and last.why else ""
+    if state.phase == "baseline":
+        seen = f": waits for {state.plan['baseline']} requests to {state.stable}, not older than a day"
+    return f"{state}, {state.requests:,} requests{seen}" if state.phase == "stage" else f"{state}{seen}"
 
 # %% ../../nbs/cli/11c_telling.ipynb #24a403cc
+def rules_of(state: Any) -> dict[str, str]:
+    "What each gate calls bad, with the lines that were measured."
+    from llmkit.deployment.plan import as_gate
+
+    gates = [as_gate(g) for g in state.plan["gates"]]
+    rules = {g.name: g.threshold if g.kind == "threshold" else g.rule for g in gates}
+    return {name: re.sub(r"\d+\.\d{5,}", lambda m: f"{float(m[0]):.4g}", rule) for name, rule in rules.items()}
+
+
 class Telling:
     "Prints what a step changed."
 
     def __init__(self, book: Any, gauges: Any = None) -> None:
         self.book, self.gauges, self.last = book, gauges, (entries := book.entries()) and entries[-1].seq
+        self.told, self.patience = time.monotonic(), 60.0
 
     def __call__(self, state: Any) -> None:
         "After each step."
@@ -48,7 +76,18 @@ class Telling:
         for e in self.book.entries(after=self.last):
             self.last = e.seq
             if text := told(e):
-                print(f"{time.strftime('%H:%M:%S', time.localtime(e.time))}  {text}", flush=True)
+                if e.kind == "begin":
+                    text += f"; bad is {' or '.join(rules_of(state).values())}"
+                self.say(e.time, text, 60.0)
+            elif time.monotonic() - self.told >= self.patience:
+                self.say(e.time, standing(state, e), 2 * self.patience)
+        if state.phase == "baseline" and time.monotonic() - self.told >= self.patience:  # it writes nothing
+            self.say(time.time(), standing(state, self.book.entries()[-1]), 2 * self.patience)
+
+    def say(self, at: float, text: str, patience: float) -> None:
+        "A line, and how long it may be silent now."
+        print(f"{time.strftime('%H:%M:%S', time.localtime(at))}  {text}", flush=True)
+        self.told, self.patience = time.monotonic(), patience
 
 # %% ../../nbs/cli/11c_telling.ipynb #850fd184
 def drive(book: Any, port: int | None = None) -> Any:
@@ -69,5 +108,45 @@ def drive(book: Any, port: int | None = None) -> Any:
             raise typer.Exit(130) from None
     print(state)
     if state.paused:
-        print(f"go on with: llmkit rollout resume {book.folder.name}; or abort, or promote")
+        others = "abort" if state.phase in ("planned", "baseline") else "abort, or promote"
+        print(f"go on with: llmkit rollout resume {book.folder.name}; or {others}")
     return state
+
+
+def ended(state: Any) -> None:
+    "Exit with 1 unless the canary has the traffic, or nothing spoke against a shadow."
+    if state.outcome not in ("promoted", "passed") or state.phase != "done":
+        raise typer.Exit(1)
+
+# %% ../../nbs/cli/11c_telling.ipynb #2d08cd0e
+def running(folder: Path) -> bool:
+    "Whether a controller holds the rollout."
+    from llmkit.core.run import locked
+
+    try:
+        with locked(folder):
+            return False
+    except RunError:
+        return True
+
+
+def time_of(state: Any) -> str:
+    "How far a stage is in its time, as the last look found it."
+    from llmkit.deployment.plan import duration, seconds
+
+    if state.phase != "stage" or not (whole := state.plan["stages"][state.stage]["duration"]):
+        return ""
+    more = "" if state.elapsed <= seconds(whole) else ", extended"
+    return f"{duration(state.elapsed)} of {whole}{more}, {state.looks:,} looks"
+
+
+def gate_line(g: dict[str, Any], bad: str) -> str:
+    "What a gate counted, and its evidence beside what is asked."
+    from llmkit.deployment.judge import to_one
+
+    counts = f"canary {g['canary_bad']:,} of {g['canary']:,} bad, stable {g['stable_bad']:,} of {g['stable']:,}"
+    bets = (
+        f"{what}: evidence {to_one(g[key])}, {to_one(g[f'{key}_asked'])} is asked"
+        for what, key in (("to roll back", "harm"), ("to promote", "safe"))
+    )
+    return f"{counts} (bad is {bad}); {'; '.join(bets)}"

@@ -189,6 +189,7 @@ def broken_split(state: JudgeState) -> Decision | None:
         return None
     reason = f"the canary got {mine:,} of {mine + others:,} requests ({mine / (mine + others):.1%})"
     reason += f" where {state.weight:.1%} were planned: the router or the log is wrong"
+    reason += ", or the canary does not answer" if mine < state.weight * (mine + others) else ""
     return Decision("inconclusive", reason, first.name, evidence, "hold")
 
 
@@ -209,7 +210,8 @@ def missing(state: JudgeState) -> Decision | None:
     silent = next((g for g in state.gates if g.silent >= g.patience), None)
     if silent is None:
         return None
-    arm = "the canary" if not silent.counts.canary else "one of the arms"
+    c = silent.counts
+    arm = "the canary" if c.stable and not c.canary else "one of the arms" if c.total else "either arm"
     reason = f"{silent.name}: no data of {arm} in {silent.silent} looks in a row, and no data is not a pass"
     return Decision("inconclusive", reason, silent.name, 0.0, "hold")
 
@@ -235,6 +237,8 @@ def waiting(state: JudgeState, over: bool) -> Decision:
     evidence = float(total(first.safe))
     need = f"evidence {to_one(evidence)} that it is not {first.margin:g} times as bad"
     need += f", {to_one(-math.log10(first.promote_alpha))} is asked"
+    if first.kind == "events" and not first.counts.canary_bad + first.counts.stable_bad:
+        need += " (none was bad in either arm: with 'required: false' the gate waits for none, and can only roll back)"
     if not over:
         return Decision("continue", f"{compare(first)}; {need}", first.name, evidence)
     then: Then = "extend" if state.extensions else "hold"

@@ -20,8 +20,8 @@ from .signals import Look, Signals
 from .state import Outcome, Phase, RolloutState
 
 # %% auto #0
-__all__ = ['Champion', 'fresh', 'used_up', 'judged_plan', 'last', 'Stepping', 'Settling', 'Preparing', 'Following', 'Judging',
-           'Ending']
+__all__ = ['OTHER', 'Champion', 'fresh', 'used_up', 'judged_plan', 'last', 'Stepping', 'Settling', 'Preparing', 'Following',
+           'Judging', 'Ending']
 
 # %% ../../nbs/deployment/04d_phases.ipynb #926e0637
 class Champion(Protocol):
@@ -130,6 +130,9 @@ class Settling(Stepping):
             raise ServiceError(f"traffic is {found}, not {goal}", "resume puts it back, abort gives all to the stable")
 
 # %% ../../nbs/deployment/04d_phases.ipynb #4c840ceb
+OTHER = "finish the other rollout or experiment first, or name the revision that has the traffic as stable"
+
+
 class Preparing(Settling):
     "The phases before the first stage."
 
@@ -137,7 +140,7 @@ class Preparing(Settling):
         "See that all traffic is with the stable revision, and that every stage can be had."
         found, goal = read_target(self.backend), state.goal()
         if not is_there(found, goal):
-            raise ConfigError(f"traffic is {found}, not all with {state.stable!r}", "finish the other rollout first")
+            raise ConfigError(f"traffic is {found}, not all with {state.stable!r}", OTHER)
         if isinstance(self.backend, Choosy):
             for i in range(len(state.plan["stages"])):
                 self.backend.possible(replace(state, phase="stage", stage=i).goal().weights)
