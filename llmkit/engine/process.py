@@ -10,6 +10,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,7 @@ class Report:
     able: Capabilities | None = None
     max_length: int = 0
     error: str = ""  # why it could not be loaded, or how it broke
+    began: float = 0.0  # when the step began, in seconds of `time.perf_counter`, which processes of a machine share
 
 # %% ../../nbs/engine/05b_process.ipynb #cd5dbd0f
 class Messages:
@@ -107,6 +109,7 @@ def work(engine: Any, inbox: Messages, out: int) -> None:
             if inbox.closed:
                 return
         if engine.has_work:
+            report.began = time.perf_counter()
             report.outputs = engine.step()
             report.admitted = getattr(engine, "admitted", [])
         report.stats = engine.stats

@@ -147,9 +147,19 @@ class AlertRule(Config):
             self.fail("window", "must be at least 1m: rates need several scrapes")
         if self.window_s > 7200:
             self.fail("window", "must be at most 2h")
+        self.check_texts()
+
+    def check_texts(self) -> None:
+        "Refuse what Prometheus would not take, or would show otherwise than we do."
+        taken = (*RESERVED, *self.condition.signal.by)
         for key, value in self.labels.items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", key) or key in RESERVED or not isinstance(value, str):
-                self.fail("labels", f"cannot hold {key!r}: names as in Prometheus, none of {', '.join(RESERVED)}")
+            if not re.fullmatch(r"(?!__)[A-Za-z_]\w*", key, re.ASCII) or key in taken:
+                self.fail("labels", f"cannot hold {key!r}: a name as in Prometheus, none of {', '.join(taken)}")
+            if not isinstance(value, str) or not value or "{{" in value:
+                self.fail("labels", f"cannot hold {key}={value!r}: a text that is not empty, without {{{{")
+        for name in ("note", "runbook"):
+            if "{{" in getattr(self, name):
+                self.fail(name, "is shown as it stands, so it cannot hold {{ as a template of Prometheus does")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

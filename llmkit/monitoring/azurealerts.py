@@ -14,12 +14,15 @@ from .alerts import AlertRule, as_duration
 from .evaluator import alert_labels, alert_texts
 
 # %% auto #0
-__all__ = ['SEVERITY', 'WINDOWS', 'OPERATORS', 'HEAD', 'Code', 'bicep', 'iso', 'group_rule', 'rhythm', 'query', 'scheduled_query',
-           'azure_alerts']
+__all__ = ['ESCAPED', 'SEVERITY', 'WINDOWS', 'OPERATORS', 'HEAD', 'MOST', 'Code', 'bicep', 'iso', 'group_rule', 'rhythm', 'query',
+           'scheduled_query', 'azure_alerts']
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #97ba4b40
 class Code(str):
     "Words of Bicep that are no text: a name, a call."
+
+# %% ../../nbs/monitoring/07l_azurealerts.ipynb #c9508aaf
+ESCAPED = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #ee9ee2c7
 def bicep(value: Any, depth: int = 0) -> str:
@@ -37,7 +40,7 @@ def bicep(value: Any, depth: int = 0) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"json('{value!r}')"  # there are no fractions in Bicep
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
+    return "'" + "".join(ESCAPED.get(c, c) for c in str(value)).replace("${", "\\${") + "'"
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #33128c5b
 def _key(name: str) -> str:
@@ -150,6 +153,9 @@ resource people 'Microsoft.Insights/actionGroups@2023-01-01' = {{
 }}
 """
 
+# %% ../../nbs/monitoring/07l_azurealerts.ipynb #b13717f2
+MOST = 20  # rules that Azure takes in a group
+
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #0017e5e2
 def azure_alerts(rules: Sequence[AlertRule]) -> str:
     "What stands in alerts.bicep."
@@ -159,15 +165,17 @@ def azure_alerts(rules: Sequence[AlertRule]) -> str:
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #3bc881c3
 def _resources(rules: Sequence[AlertRule], known: Sequence[AlertRule]) -> Iterator[str]:
-    group = {
-        "enabled": True,
-        "interval": "PT1M",
-        "scopes": [Code("prometheusId")],
-        "rules": [group_rule(r) for r in rules],
-    }
-    body = bicep({"name": "llmkit", "location": Code("location"), "properties": group})
-    kind = "Microsoft.AlertsManagement/prometheusRuleGroups@2023-03-01"
-    yield f"resource group '{kind}' = if (!empty(prometheusId)) {body}\n"
+    for i in range(0, len(rules), MOST):
+        more = str(i // MOST + 1) if i else ""
+        group = {
+            "enabled": True,
+            "interval": "PT1M",
+            "scopes": [Code("prometheusId")],
+            "rules": [group_rule(r) for r in rules[i : i + MOST]],
+        }
+        body = bicep({"name": f"llmkit{more}", "location": Code("location"), "properties": group})
+        kind = "Microsoft.AlertsManagement/prometheusRuleGroups@2023-03-01"
+        yield f"resource group{more} '{kind}' = if (!empty(prometheusId)) {body}\n"
     for rule in known:
         head = {"name": f"llmkit-{rule.name}", "location": Code("location"), "kind": "LogAlert"}
         body = bicep(head | {"properties": scheduled_query(rule)})

@@ -38,7 +38,7 @@ def serving() -> BoardSpec:
         of_signals("GPU at work", "gpu_utilization", legend="{{instance}} {{gpu}}"),
         of_signals("GPU temperature", "gpu_temperature", legend="{{instance}} {{gpu}}"),
         of_signals("Engines that died", "engine_restarts", legend="{{revision}}"),
-        of_signals("Disk and network", "disk_io", "network_io", legend="{{direction}}"),
+        of_signals("Disk and network", "disk_io", "network_io", legend="{{instance}} {{direction}}"),
     )
     return BoardSpec("serving", "llmkit serving", panels)
 
@@ -86,15 +86,14 @@ def rollout() -> BoardSpec:
     evidence = "max by (alias, gate, direction) (llmkit:rollout_evidence)"
     verdicts = f"sum by (alias, verdict) (increase(llmkit:rollout_verdicts_total[{WINDOW}]))"
     shadow = f"sum by (revision, outcome) (rate(llmkit:shadow_requests_total[{WINDOW}]))"
-    by = ("alias", "revision")
-    shares = tuple(
-        (f"max by ({', '.join(by)}) ({m})", f"{n} {{{{revision}}}}") for m, n in ((wanted, "wanted"), (given, "given"))
-    )
+    given_to, line = "max by (alias, revision) ({})", "{} {{{{alias}}}} {{{{revision}}}}"
+    names = {"wanted": wanted, "given": given}
+    shares = tuple((given_to.format(metric), line.format(name)) for name, metric in names.items())
     panels = (
         PanelSpec("Shares", shares, "share", "What the controller wants, and what the router gives", wide=True),
         PanelSpec(
             "Evidence",
-            ((evidence, "{{gate}} {{direction}}"),),
+            ((evidence, "{{alias}} {{gate}} {{direction}}"),),
             "count",
             "Part of what is asked for: at 1 it is decided",
         ),

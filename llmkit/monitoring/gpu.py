@@ -7,6 +7,7 @@ __all__ = ['QUESTIONS', 'Reading', 'open_nvml', 'Gpus']
 
 # %% ../../nbs/monitoring/06a_gpu.ipynb #f631d507
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,5 +77,6 @@ class Gpus:
     def close(self) -> None:
         "Let NVML go."
         if self.nvml is not None:
-            self.nvml.nvmlShutdown()
+            with suppress(self.nvml.NVMLError):  # the driver may have gone before us
+                self.nvml.nvmlShutdown()
         self.nvml, self.cards, self.why = None, [], self.why or "no GPU is watched: closed"

@@ -141,11 +141,13 @@ def observe_request(m: ModelMetrics, f: Finished) -> None:
     m.count("request_success", f.reason)
     m.counters["prompt_tokens"].inc(f.prompt_tokens)
     m.counters["generation_tokens"].inc(f.completion_tokens)
-    decode = max(0.0, f.total_s - f.first_s)
-    values = {"time_to_first_token_seconds": f.first_s, "e2e_request_latency_seconds": f.total_s}
+    first = f.first_s if f.completion_tokens else f.total_s  # without a token all is waiting and reading
+    decode = max(0.0, f.total_s - first)
+    values = {"time_to_first_token_seconds": first} if f.completion_tokens else {}
+    values |= {"e2e_request_latency_seconds": f.total_s}
     values |= {"request_queue_time_seconds": f.queue_s, "request_decode_time_seconds": decode}
     values["request_inference_time_seconds"] = max(0.0, f.total_s - f.queue_s)
-    values["request_prefill_time_seconds"] = max(0.0, f.first_s - f.queue_s)
+    values["request_prefill_time_seconds"] = max(0.0, first - f.queue_s)
     values |= {"request_prompt_tokens": f.prompt_tokens, "request_generation_tokens": f.completion_tokens}
     values |= {"request_params_max_tokens": f.max_tokens, "request_params_n": f.n}
     if f.completion_tokens > 1:

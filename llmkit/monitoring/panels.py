@@ -15,8 +15,8 @@ from .alerts import AlertRule
 from .signals import signal
 
 # %% auto #0
-__all__ = ['WINDOW', 'UNITS', 'SOURCE', 'HEIGHT', 'COLORS', 'PanelSpec', 'of_signals', 'panel', 'BoardSpec', 'annotation',
-           'annotations_of', 'grafana', 'queries']
+__all__ = ['WINDOW', 'UNITS', 'SOURCE', 'HEIGHT', 'COLORS', 'PanelSpec', 'of_signals', 'panel', 'bands', 'BoardSpec',
+           'annotation', 'annotations_of', 'grafana', 'queries']
 
 # %% ../../nbs/monitoring/08_panels.ipynb #cae37779
 WINDOW = "$__rate_interval"  # Grafana: four scrapes or one step, whichever is longer
@@ -25,7 +25,7 @@ UNITS = {
     "share": "percentunit",
     "dollars": "currencyUSD",
     "dollars a second": "currencyUSD",
-    "a second": "reqps",
+    "a second": "suffix: /s",  # "reqps" would call tokens and thumbs requests
     "bytes": "bytes",
     "bytes a second": "Bps",
     "degrees": "celsius",
@@ -88,19 +88,25 @@ def panel(spec: PanelSpec, number: int, at: tuple[int, int], rules: Sequence[Ale
 # %% ../../nbs/monitoring/08_panels.ipynb #e9becece
 COLORS = {"info": "blue", "warning": "orange", "critical": "red"}
 
+# %% ../../nbs/monitoring/08_panels.ipynb #03c784b1
+def bands(rules: Sequence[AlertRule]) -> list[tuple[float | None, str]]:
+    "Where each colour begins, for rules about one quantity, from the lowest value (`None`) up."
+    drawn = sorted(rules, key=lambda r: r.condition.bound)
+    low, high = [r for r in drawn if not r.condition.up], [r for r in drawn if r.condition.up]
+    colors = [*(COLORS[r.severity] for r in low), "transparent", *(COLORS[r.severity] for r in high)]
+    return list(zip([None, *(r.condition.bound for r in low + high)], colors, strict=True))
+
 # %% ../../nbs/monitoring/08_panels.ipynb #3d3f699d
 def _with_lines(made: Any, spec: PanelSpec, rules: Sequence[AlertRule]) -> Any:
     from grafana_foundation_sdk.builders import common, dashboard
     from grafana_foundation_sdk.models.common import GraphTresholdsStyleMode
     from grafana_foundation_sdk.models.dashboard import Threshold, ThresholdsMode
 
-    drawn = sorted((r for r in rules if r.condition.signal.name in spec.signals), key=lambda r: r.condition.bound)
+    drawn = [r for r in rules if r.condition.signal.name in spec.signals]
     if not drawn:
         return made
-    up = drawn[0].condition.up
-    first = Threshold(color="transparent" if up else COLORS[drawn[0].severity])
-    steps = [Threshold(r.condition.bound, COLORS[r.severity] if up else "transparent") for r in drawn]
-    lines = dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps([first, *steps])
+    steps = [Threshold(bound, color) for bound, color in bands(drawn)]
+    lines = dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
     return made.thresholds(lines).thresholds_style(
         common.GraphThresholdsStyleConfig().mode(GraphTresholdsStyleMode.LINE_AND_AREA)
     )

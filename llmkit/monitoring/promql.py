@@ -9,7 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from .series import NAME, Labels, Matcher, Store, labels_of, value_at, values_within
@@ -34,7 +34,7 @@ class Moment:
 def risen(samples: Sequence[tuple[int, float]]) -> float:
     "By how much a counter rose; where it fell it began again at 0."
     values = [v for _, v in samples]
-    return values[-1] - values[0] + sum(a for a, b in pairwise(values) if b < a)
+    return sum((a for a, b in pairwise(values) if b < a), values[-1] - values[0])
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #9f3cf774
 def reach(gap_s: float, spacing_s: float) -> float:
@@ -42,8 +42,8 @@ def reach(gap_s: float, spacing_s: float) -> float:
     return gap_s if gap_s < spacing_s * 1.1 else spacing_s / 2
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #197d2189
-def increase(samples: Sequence[tuple[int, float]], at: int, window_ms: int) -> float | None:
-    "What `increase(...[window])` gives at `at`; `None` from fewer than two samples."
+def increase(samples: Sequence[tuple[int, float]], at: int, window_ms: int, per: float = 1.0) -> float | None:
+    "What `increase(...[window]) / per` gives at `at`, in Prometheus' order; `None` from fewer than two samples."
     if len(samples) < 2:
         return None
     rise, first = risen(samples), samples[0][1]
@@ -52,7 +52,7 @@ def increase(samples: Sequence[tuple[int, float]], at: int, window_ms: int) -> f
     before, after = (samples[0][0] - at + window_ms) / 1000, (at - samples[-1][0]) / 1000
     if rise > 0 and first >= 0:
         before = min(before, span * (first / rise))  # the counter cannot have been below zero
-    return rise * ((span + reach(before, spacing) + reach(after, spacing)) / span)
+    return rise * ((span + reach(before, spacing) + reach(after, spacing)) / span / per)
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #4d14d159
 def bucket_quantile(q: float, buckets: Sequence[tuple[float, float]]) -> float:
@@ -63,10 +63,7 @@ def bucket_quantile(q: float, buckets: Sequence[tuple[float, float]]) -> float:
     bounds = sorted(merged)
     if len(bounds) < 2 or bounds[-1] != math.inf:
         return math.nan
-    counts, top = [], -math.inf
-    for bound in bounds:  # counts that were read at different moments may fall; they must not
-        top = max(top, merged[bound])
-        counts.append(top)
+    counts = list(accumulate((merged[b] for b in bounds), max))  # they must not fall, though read at different moments
     if counts[-1] == 0 or math.isnan(counts[-1]):
         return math.nan
     return _interpolated(q * counts[-1], bounds, counts)
@@ -138,14 +135,14 @@ class Rate(Expr):
         "One number a series that has at least two samples in the window."
         found: Vector = {}
         for labels, samples in m.store.series(self.of.name, self.of.where):
-            rise = increase(values_within(samples, m.at, m.window_ms), m.at, m.window_ms)
+            rise = increase(values_within(samples, m.at, m.window_ms), m.at, m.window_ms, self.per(m))
             if rise is not None:
-                found[nameless(labels)] = self.scaled(rise, m.window_ms)
+                found[nameless(labels)] = rise
         return found
 
-    def scaled(self, rise: float, window_ms: int) -> float:
-        "The rise over the window as what this node gives."
-        return rise / (window_ms / 1000)
+    def per(self, m: Moment) -> float:
+        "What the rise over the window is divided by."
+        return m.window_ms / 1000
 
     def leaves(self) -> list[Series]:
         "The counter."
@@ -162,12 +159,16 @@ class Increase(Rate):
 
     function = "increase"
 
-    def scaled(self, rise: float, window_ms: int) -> float:
-        "The rise itself."
-        return rise
+    def per(self, m: Moment) -> float:
+        "Nothing: it is the rise itself."
+        return 1.0
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #0f1c6eb2
-AGGREGATES: dict[str, Callable[[list[float]], float]] = {"sum": math.fsum, "max": max, "min": min}
+AGGREGATES: dict[str, Callable[[list[float]], float]] = {
+    "sum": sum,
+    "max": lambda values: max(values, key=lambda v: (v == v, v)),  # NaN only where there is nothing else
+    "min": lambda values: min(values, key=lambda v: (v != v, v)),
+}
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #ce5a387d
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ class Quantile(Expr):
         "One number for every set of the other labels."
         groups: dict[Labels, list[tuple[float, float]]] = defaultdict(list)
         for labels, count in self.of.vector(m).items():
-            rest = tuple(p for p in labels if p[0] != "le")
-            groups[rest].append((float(dict(labels).get("le", "nan")), count))
+            if bound := dict(labels).get("le"):
+                groups[tuple(p for p in labels if p[0] != "le")].append((float(bound), count))
         return {k: bucket_quantile(self.q, b) for k, b in groups.items()}
 
     def leaves(self) -> list[Series]:

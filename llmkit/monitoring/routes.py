@@ -17,7 +17,7 @@ from ..core.errors import ConfigError
 from .alerts import Severity, as_duration, duration
 
 # %% auto #0
-__all__ = ['HABITS', 'SAME', 'secret', 'Webhook', 'Mail', 'Habit', 'Routes', 'alertmanager', 'inhibited']
+__all__ = ['HABITS', 'SAME', 'DOWN', 'secret', 'Webhook', 'Mail', 'Habit', 'Routes', 'alertmanager', 'inhibited']
 
 # %% ../../nbs/monitoring/07g_routes.ipynb #b85df203
 def secret(
@@ -161,7 +161,8 @@ def _receiver(routes: Routes, name: str) -> dict[str, Any]:
     return {"email_configs": [found]}
 
 # %% ../../nbs/monitoring/07g_routes.ipynb #c2290235
-SAME = ["signal", "model_name", "revision", "kind", "instance", "gpu"]
+SAME = ["signal", "model_name", "revision", "kind", "instance", "gpu", "direction", "alias"]
+DOWN = "server_down"  # the rule that ships: no server answers
 
 # %% ../../nbs/monitoring/07g_routes.ipynb #291c851d
 def alertmanager(routes: Routes) -> dict[str, Any]:
@@ -176,7 +177,7 @@ def alertmanager(routes: Routes) -> dict[str, Any]:
         times = {"group_wait": habit.wait, "group_interval": habit.interval, "repeat_interval": habit.repeat}
         times = {k: as_duration(duration(v)) for k, v in times.items()}
         below.append({"receiver": severity, "matchers": [f'severity="{severity}"'], **times})
-    quiet = {"source_matchers": ['signal="servers_up"'], "target_matchers": ['signal!="servers_up"']}
+    quiet = {"source_matchers": [f'alertname="{DOWN}"'], "target_matchers": [f'alertname!="{DOWN}"']}
     worse = {"source_matchers": ['severity="critical"'], "target_matchers": ['severity=~"warning|info"'], "equal": SAME}
     route = {"receiver": "nobody", "group_by": routes.group_by, "routes": below}
     return {"route": route, "inhibit_rules": [quiet, worse], "receivers": receivers}
@@ -185,7 +186,7 @@ def alertmanager(routes: Routes) -> dict[str, Any]:
 def inhibited(labels: Mapping[str, str], firing: list[dict[str, str]]) -> bool:
     "Whether an alert with these labels is silenced by one of those that fire."
     for other in firing:
-        if other.get("signal") == "servers_up" != labels.get("signal"):
+        if other.get("alertname") == DOWN != labels.get("alertname"):
             return True
         same = all(other.get(k, "") == labels.get(k, "") for k in SAME)
         if same and other.get("severity") == "critical" != labels.get("severity"):

@@ -18,7 +18,7 @@ from .series import Matcher
 
 # %% auto #0
 __all__ = ['UNITS', 'NUMBER', 'TIMES', 'PERCENTILE', 'HTTP', 'SUCCESS', 'BY_MODEL', 'BY_REVISION', 'SIGNALS', 'quantity',
-           'Signal', 'time_signal', 'signal']
+           'labels_by', 'Signal', 'time_signal', 'signal']
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #a394c467
 UNITS: dict[str, dict[str, float]] = {
@@ -58,6 +58,15 @@ def _example(unit: str) -> str:
     return f"write for example {', '.join(shown[:6])}"
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #df5287ef
+def labels_by(expr: Expr) -> tuple[str, ...]:
+    "The labels that the values of an aggregate carry."
+    if isinstance(expr, Over):
+        return tuple(label for label in expr.by if label != "le")
+    if isinstance(expr, Quantile | OrZero):
+        return labels_by(expr.of)
+    return labels_by(expr.above) if isinstance(expr, Divide) else ()
+
+# %% ../../nbs/monitoring/07b_signals.ipynb #858b779e
 @dataclass(frozen=True)
 class Signal:
     "A quantity that rules and dashboards speak of."
@@ -70,6 +79,11 @@ class Signal:
     high: float = inf
     windowed: bool = True  # whether it looks back over the rule's window
     kql: str = ""  # the same over Application Insights' AppRequests, where that has it
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        "The labels that its values carry."
+        return labels_by(self.expr)
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['group_folders', 'read_number', 'memory_limit', 'memory_used', 'cpu_quota', 'cpu_seconds', 'read_memory', 'read_disk',
-           'read_network', 'CpuMeter', 'SystemSampler', 'key', 'read_system']
+           'read_network', 'key', 'Climber', 'CpuMeter', 'SystemSampler', 'read_system']
 
 # %% ../../nbs/monitoring/06_system.ipynb #49df40e5
 import threading
@@ -103,7 +103,9 @@ def read_memory(folders: list[Path]) -> list[Reading]:
 # %% ../../nbs/monitoring/06_system.ipynb #4a578c87
 def read_disk(path: Path) -> list[Reading]:
     "Bytes free at `path`, bytes read and written by all devices since the machine started."
-    found = [Reading("system_disk_free_bytes", psutil.disk_usage(str(path)).free)]
+    found = []
+    if path.exists():  # somebody may have removed it since
+        found.append(Reading("system_disk_free_bytes", psutil.disk_usage(str(path)).free))
     if io := psutil.disk_io_counters():
         for direction, value in (("read", io.read_bytes), ("write", io.write_bytes)):
             found.append(Reading("system_disk_bytes_total", value, {"direction": direction}))
@@ -116,6 +118,28 @@ def read_network() -> list[Reading]:
     sums = {"receive": sum(c.bytes_recv for c in cards), "transmit": sum(c.bytes_sent for c in cards)}
     found = [Reading("system_network_bytes_total", n, {"direction": d}) for d, n in sums.items()]
     return found if cards else []
+
+# %% ../../nbs/monitoring/06_system.ipynb #44cb96da
+def key(reading: Reading) -> str:
+    'A reading\'s name with its labels, as on `/metrics`: `gpu_power_watts{gpu="0"}`.'
+    inside = ",".join(f'{k}="{v}"' for k, v in reading.labels.items())
+    return reading.name + (f"{{{inside}}}" if inside else "")
+
+# %% ../../nbs/monitoring/06_system.ipynb #ce71c7be
+class Climber:
+    "Counters that never fall, whatever becomes of the devices behind them."
+
+    def __init__(self) -> None:
+        self.last, self.high = dict[str, float](), dict[str, float]()
+
+    def climb(self, reading: Reading) -> Reading:
+        "The reading, if it is of a counter, with what was lost to devices that are gone."
+        if not reading.name.endswith("_total"):
+            return reading
+        at, value = key(reading), reading.value
+        self.high[at] = self.high.get(at, 0.0) + max(0.0, value - self.last.get(at, 0.0))
+        self.last[at] = value
+        return Reading(reading.name, self.high[at], reading.labels)
 
 # %% ../../nbs/monitoring/06_system.ipynb #5fa24322
 class CpuMeter:
@@ -160,6 +184,7 @@ class SystemSampler:
             raise MissingError(f"there is no {path} whose disk could be watched", "name a folder that is there")
         self.memory, self.cpu = group_folders("memory"), CpuMeter(group_folders("cpu"))
         self._lock, self._at, self._kept = threading.Lock(), -float("inf"), list[Reading]()
+        self.climber = Climber()
 
     def read(self) -> list[Reading]:
         "The readings, `every_s` seconds old at most."
@@ -171,17 +196,12 @@ class SystemSampler:
     def look(self) -> list[Reading]:
         "Readings of now; the CPU's share is that since the look before, and is kept if no time has passed."
         cpu = self.cpu.read() or [r for r in self._kept if r.name == "system_cpu_ratio"]
-        return [*cpu, *read_memory(self.memory), *read_disk(self.path), *read_network(), *self.gpus.read()]
+        found = [*cpu, *read_memory(self.memory), *read_disk(self.path), *read_network(), *self.gpus.read()]
+        return [self.climber.climb(r) for r in found]
 
     def close(self) -> None:
         "Let the GPU's library go."
         self.gpus.close()
-
-# %% ../../nbs/monitoring/06_system.ipynb #44cb96da
-def key(reading: Reading) -> str:
-    'A reading\'s name with its labels, as on `/metrics`: `gpu_power_watts{gpu="0"}`.'
-    inside = ",".join(f'{k}="{v}"' for k, v in reading.labels.items())
-    return reading.name + (f"{{{inside}}}" if inside else "")
 
 # %% ../../nbs/monitoring/06_system.ipynb #18eec4d7
 def read_system(path: str | Path = ".", gpus: Gpus | None = None) -> dict[str, float]:

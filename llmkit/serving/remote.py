@@ -227,10 +227,11 @@ class Delivery(RemoteLoop):
 
     def take(self, report: Report) -> None:
         "Deliver what a step made."
-        self.stats, now = report.stats, time.perf_counter()
+        self.stats = report.stats
+        began = report.began or time.perf_counter()  # a request waited until its step began, not until it ended
         for request_id in report.admitted:
             if (ticket := self.tickets.get(request_id)) is not None:
-                ticket.started = ticket.started or now
+                ticket.started = ticket.started or began
         for name, why in report.adapters:
             if (asked := self.asked.pop(name, None)) is not None and not asked.done():
                 asked.set_result(why)
@@ -238,7 +239,7 @@ class Delivery(RemoteLoop):
             self.fail(request_id, ApiError(400, why, code="invalid_request"))
         for output in report.outputs:
             if (ticket := self.tickets.get(output.request_id)) is not None:
-                ticket.started = ticket.started or now
+                ticket.started = ticket.started or began
                 if output.finish:
                     del self.tickets[output.request_id]
                 ticket.mailbox.put_nowait(output)

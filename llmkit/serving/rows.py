@@ -41,7 +41,8 @@ def asides(call: Call) -> dict[str, Any]:
 # %% ../../nbs/serving/05a_rows.ipynb #7fc9d7af
 def row_of(call: Call) -> RequestRow:
     "The call as a row, its text as it is."
-    started = [t.started - call.began for t in call.tickets if t.started]
+    waited = time.perf_counter() - call.began  # of one that never got a slot: all the time
+    started = [t.started - call.began if t.started else waited for t in call.tickets]
     finish = call.choices[0].finish if call.choices else ""
     where: dict[str, Any] = {"alias": call.model, "endpoint": call.endpoint, "status": call.status}
     where |= {"session": call.session, "error": call.error, "completion": reply_text(call)}
