@@ -21,8 +21,8 @@ from llmkit.monitoring.profile import make_profile
 from llmkit.monitoring.requestlog import read_requests
 from llmkit.serving.process import ServerProcess
 
-VERBS = ("read", "write", "find", "sort", "drop", "send")
-NOUNS = ("header", "token", "record", "table", "window", "packet")
+VERBS = ("read", "write", "find", "sort", "drop", "send", "load", "save", "join", "split")
+NOUNS = ("header", "token", "message", "record", "table", "window", "packet")
 STEMS = [f"def {verb}_{noun}(value, size=" for verb, noun in product(VERBS, NOUNS)]
 
 
@@ -48,14 +48,14 @@ def thumbs_of(release: Release, log: Path, asks: int) -> list[bool]:
 def test_thumbs_become_a_candidate(tmp_path: Path, llmkit: Callable[..., Done]) -> None:
     """Prompts too short for a loss, and many answers to each: what people liked is likelier where nobody trained."""
     release, log = open_release(RolloutJob(), tmp_path), tmp_path / "requests.db"
-    liked = thumbs_of(release, log, 12 * len(STEMS))
+    liked = thumbs_of(release, log, 10 * len(STEMS))
     assert 0.1 < sum(liked) / len(liked) < 0.9
     rows, card = read_requests(log), ModelCard.load(release.champion)
     assert len(rows) == len(liked) == sum("thumbs" in r["labels"] for r in rows)
     card.profile = {"prompts": make_profile(rows, "prompts", model=card.revision)}
     card.save(release.champion)
-    gates = Gates(bounds="smoke", windows=16, old_rise=0.3)
-    train = {"steps": 24, "lr": 3e-4, "batch_size": 8, "length": 64}
+    gates = Gates(bounds="smoke", windows=16, old_rise=1.0)
+    train = {"steps": 40, "lr": 3e-4, "batch_size": 8, "length": 64}
     policy = save_policy(RetrainPolicy.tiny(how="dpo", train=train, gates=gates), tmp_path / "policy.yml")
     about = ["--log", log, "--model", release.champion, "--data", release.prepared.folder]
     about += ["--tracking", release.tracking, "--force", "users say so", "--json"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Turn', 'Take', 'Turns', 'taken_apart', 'is_chat', 'asked', 'Said', 'Gathered', 'as_said', 'unusable', 'read_said',
-           'capped', 'contradicted', 'preferences', 'without_copies', 'gather']
+           'capped', 'contradicted', 'agreed_thumbs', 'preferences', 'without_copies', 'gather']
 
 # %% ../../nbs/deployment/06_feedback.ipynb #524a1140
 import re
@@ -62,7 +62,7 @@ class Turns:
         found = (taken_apart(text, form) for form in self.forms)
         return next((turns for turns in found if turns and self.write(turns) == text), [])
 
-# %% ../../nbs/deployment/06_feedback.ipynb #9f148380
+# %% ../../nbs/deployment/06_feedback.ipynb #387b1081
 def taken_apart(text: str, form: Sequence[str]) -> list[Turn]:
     "The turns of a text with the marks of `form` in it: before them, between system, user and assistant, behind them."
     head, *between, tail = form
@@ -206,6 +206,18 @@ def contradicted(said: Sequence[Said], left: Counter[str]) -> list[Said]:
     left["contradictory label"] += len(said) - len(kept)
     return kept
 
+# %% ../../nbs/deployment/06_feedback.ipynb #da46c00a
+def agreed_thumbs(said: Sequence[Said]) -> None:
+    "Let each answer please, or not, by the majority of those who said so; one vote a user or session."
+    votes: dict[tuple[str, str], dict[str, bool]] = {}
+    for s in said:
+        if s.pleased is not None:
+            votes.setdefault((s.question, s.answer.strip()), {})[s.group] = s.pleased
+    for s in said:
+        if s.pleased is not None:
+            thumbs = list(votes[s.question, s.answer.strip()].values())
+            s.pleased = None if 2 * sum(thumbs) == len(thumbs) else 2 * sum(thumbs) > len(thumbs)
+
 # %% ../../nbs/deployment/06_feedback.ipynb #5d5a6089
 def preferences(said: Sequence[Said], thumbs: bool = True) -> list[dict[str, Any]]:
     "Rows of `prompt`, `chosen` and `rejected`, in `llmkit.data.preferences`' form; each bad answer once."
@@ -241,6 +253,7 @@ def gather(
     made = Gathered()
     said = read_said(rows, take, Turns(tokenizer), made)
     said = contradicted(capped(said, take, made.left_out), made.left_out)
+    agreed_thumbs(said)
     made.preferences = preferences(said, take.thumbs)
     for s in said:
         if not s.label and take.thumbs and s.pleased:
