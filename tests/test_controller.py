@@ -150,8 +150,7 @@ def test_a_candidate_is_rolled_out_by_itself(tmp_path: Path) -> None:
         policy.write_text(POLICY.format(tracking=uri, server=server.base, log=log))
         watch = [sys.executable, "-m", "llmkit.cli", "rollout", "watch", str(policy), "--once"]
         version, over = registered(tmp_path / "two", uri, 2), threading.Event()
-        users = threading.Thread(target=use, args=(server.url, over), daemon=True)
-        users.start()
+        drive(server.url, [f"def f{i}(x):" for i in range(60)], max_tokens=2)  # the baseline, no one of them cached
         first = subprocess.Popen(watch, env=env, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 60
         while not (past := history(tmp_path / "rollouts")) or past[0].state.looks < 1:
@@ -159,6 +158,9 @@ def test_a_candidate_is_rolled_out_by_itself(tmp_path: Path) -> None:
             time.sleep(0.02)
         first.kill()
         first.wait()
+        assert history(tmp_path / "rollouts")[0].state.phase == "stage"  # without users, no look ends it
+        users = threading.Thread(target=use, args=(server.url, over), daemon=True)
+        users.start()
         done = subprocess.run(watch, env=env, capture_output=True, text=True, timeout=60)
         over.set()
         users.join()

@@ -2,7 +2,9 @@
 
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import time
 
 import httpx
@@ -10,7 +12,10 @@ import psutil
 import pytest
 
 from llmkit.core.tiny import tiny_model
+from llmkit.monitoring.alerts import default_rules
+from llmkit.monitoring.evaluator import Evaluator
 from llmkit.monitoring.requestlog import read_requests
+from llmkit.monitoring.series import Store, Target, ingest
 from llmkit.serving.client import AdminClient
 from llmkit.serving.process import ServerProcess
 
@@ -136,15 +141,76 @@ def test_a_full_disk_loses_rows_and_nothing_else(server, http):
     process, log = worker(server), server.log
     _, hard = process.rlimit(resource.RLIMIT_FSIZE)
     process.rlimit(resource.RLIMIT_FSIZE, (4096, hard))  # any write beyond that fails
-    before = logged(server).keys()
+    before, restarts = logged(server).keys(), metric(http, "monitor_restarts_total")
     lost = ask(http, 20, prompt="x" * 200)
     wait_until(lambda: metric(http, "request_log_lost_total") >= 20)
     assert not set(lost) & logged(server).keys()
     process.rlimit(resource.RLIMIT_FSIZE, (hard, hard))
     (found,) = ask(http)
     wait_until(lambda: found in logged(server))
-    assert before <= logged(server).keys() and metric(http, "monitor_restarts_total") == 1
+    assert before <= logged(server).keys() and metric(http, "monitor_restarts_total") == restarts
     assert "items lost so far" in server.output() and log.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of one megabyte."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("there is no `mount` here")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if (done := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk):
+    "Take all the room that there is on a disk; the file that has it."
+    with (disk / "junk").open("wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
+        while True:
+            f.write(bytes(4096))
+    return disk / "junk"
+
+
+def rang(http, store, at):
+    "The names of the shipped rules that hold after another look at the server, at a time of our own."
+    ingest(store, Target("http://own/metrics"), http.get("/metrics").text, at)
+    return {a.name for a in Evaluator(default_rules(), store).evaluate(at)}
+
+
+def test_a_file_system_without_room(folder, small_disk):
+    "Filled under a server, whose worker dies, and which begins anew: it serves, counts, rings, and writes again."
+    log, big, store = small_disk / "requests.db", {f"k{i}": "y" * 500 for i in range(8)}, Store()
+    lost = lambda http: metric(http, "request_log_lost_total")  # noqa: E731
+    with ServerProcess({"a": folder}, engine="mock", log=log) as s, httpx.Client(base_url=s.base, timeout=60) as http:
+        s.log = log
+        first = ask(http, 20)
+        wait_until(lambda: set(first) <= logged(s).keys())
+        assert "log_losing_rows" not in rang(http, store, 1000.0)
+        junk = fill(small_disk)
+        ask(http, 60, metadata=big)
+        before = wait_until(lambda: lost(http))
+        assert "log_losing_rows" in rang(http, store, 1015.0)
+        worker(s).kill()
+        wait_until(lambda: metric(http, "monitor_restarts_total") == 1)
+        ask(http, 60, metadata=big)  # the next worker has to do without a disk from its first moment
+        wait_until(lambda: lost(http) > before)
+        assert "log_losing_rows" in rang(http, store, 1030.0)
+        junk.unlink()
+        (there,) = ask(http)
+        wait_until(lambda: there in logged(s))
+        assert set(first) <= logged(s).keys() and metric(http, "monitor_restarts_total") == 1
+    junk = fill(small_disk)
+    with ServerProcess({"a": folder}, engine="mock", log=log) as s, httpx.Client(base_url=s.base, timeout=60) as http:
+        s.log = log
+        ask(http, 20)
+        wait_until(lambda: lost(http) >= 20)
+        junk.unlink()
+        (again,) = ask(http)
+        wait_until(lambda: {*first, there, again} <= logged(s).keys())
+        assert metric(http, "monitor_restarts_total") == 0
 
 
 def test_it_ends_with_the_server_and_writes_what_it_has(folder, tmp_path):

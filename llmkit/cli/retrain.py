@@ -150,12 +150,11 @@ def facts_of(
 ) -> Facts:
     "What is known now: usable and marked rows, alarms, accuracy, earlier trainings; `data` has the tokenizer."
     from llmkit.data.prepared import Prepared
-    from llmkit.deployment.feedback import Gathered, is_chat, read_said, turn_marks
+    from llmkit.deployment.feedback import Gathered, Turns, is_chat, read_said
 
-    marks = ("", "")
-    if any(is_chat(r) for r in rows):  # only then is the tokenizer worth its second
-        marks = turn_marks(Prepared(data).tokenizer)
-    usable = len(read_said(rows, policy.take, marks, Gathered()))
+    chats = any(is_chat(r) for r in rows)  # only then is the tokenizer worth its second
+    turns = Turns(Prepared(data).tokenizer if chats else None)
+    usable = len(read_said(rows, policy.take, turns, Gathered()))
     said = sum(marked(r) is not None for r in rows)
     return Facts(now, usable, said, drift, accuracy_of(rows), [e.started for e in ledger.entries])
 

@@ -46,6 +46,11 @@ class CompareJob(Config):
         if len({bool(getattr(self, n)) for n in ("model", "champion", "old", "new")}) > 1:
             self.fail("model", "must be given with champion, old and new, or none of them")
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        "What the losses are compared on: with preferences, prompts may be too short to lose anything on."
+        return ("old",) if self.liked else ("old", "new")
+
     @classmethod
     def tiny(cls, **values: Any) -> Self:
         "Seconds, for tests."
@@ -158,18 +163,19 @@ def answer_score(model: Any, prompt: list[int], answer: list[int]) -> float:
     return float(logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).mean())
 
 # %% ../../nbs/deployment/06c_candidate.ipynb #91f39de0
-def margins(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, str]], chat: bool) -> Documents:
-    "By how much the liked answer of each preference is more probable than the other, in nats a token."
+def margins(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], chat: bool) -> Documents:
+    "By how much the liked answer to each question is more probable than the others, in nats a token."
     from llmkit.data.preferences import encode_preference
 
-    found = []
+    found: dict[str, list[float]] = {}
     for row in rows:
         if chat:
             ids = list(encode_preference(tokenizer, dict(row)).values())
         else:
             ids = [tokenizer(row[k])["input_ids"] for k in ("prompt", "chosen", "rejected")]
-        found.append(answer_score(model, ids[0], ids[1]) - answer_score(model, ids[0], ids[2]))
-    return Documents([str(i) for i in range(len(rows))], np.array(found), np.ones(len(rows)), "mean", "higher")
+        margin = answer_score(model, ids[0], ids[1]) - answer_score(model, ids[0], ids[2])
+        found.setdefault(str(row["prompt"]), []).append(margin)  # one liked answer, so they are not independent
+    return Documents(list(found), np.array([np.mean(m) for m in found.values()]), scale="mean", better="higher")
 
 # %% ../../nbs/deployment/06c_candidate.ipynb #c8e87c67
 def compare_preferences(champion: str | Path, model: str | Path, data: str | Path, chat: bool = False) -> Difference:

@@ -18,7 +18,7 @@ from ..core.config import Config
 from ..core.run import Check
 from .assignment import unit_of
 from .experiment import Experiment
-from .release import Release, RolloutJob, make_healthy, open_release
+from .release import Release, RolloutJob, own_release
 from .traffic import ask_accuracy, fan_out, make_client, post_label
 from .verdict import Report
 
@@ -60,11 +60,16 @@ class ExperimentJob(Config):
 
 # %% ../../nbs/deployment/05l_rehearsal.ipynb #16d8c9cc
 def open_arms(cfg: ExperimentJob, folder: Path) -> tuple[Release, Path]:
-    "The control model with its data, and the folder of the treatment model."
-    release = open_release(RolloutJob(data=cfg.data, model=cfg.model, seed=cfg.seed), folder)
+    "The control model with its data, and the folder of the treatment model; neither need be registered."
+    from llmkit.data.prepared import Prepared
+    from llmkit.training.pretrain import train_further
+
+    data, model = (cfg.data, cfg.model) if cfg.model else own_release(RolloutJob(seed=cfg.seed), folder)
+    release = Release("llmkit", "", Path(model), 0, Prepared(data))
     if cfg.candidate:
         return release, Path(cfg.candidate)
-    return release, make_healthy(release, folder / "treatment", cfg.steps, cfg.seed + 1)[0]
+    more = {"steps": cfg.steps, "seed": cfg.seed + 1}
+    return release, train_further(model, release.prepared, folder / "treatment", **more, batch_size=8)
 
 # %% ../../nbs/deployment/05l_rehearsal.ipynb #b740211d
 def protocols(cfg: ExperimentJob, control: str, treatment: str, alias: str) -> tuple[Experiment, Experiment]:

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'RequestRow', 'Label', 'schema_sql', 'add_columns', 'widen_labels', 'bring_up_to_date',
-           'set_up', 'open_log', 'write_batch']
+           'set_up', 'FullDisk', 'refusal', 'open_log', 'write_batch']
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #e00d3c11
+import shutil
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from operator import attrgetter
@@ -118,9 +120,23 @@ def set_up(con: sqlite3.Connection, path: Path) -> None:
         con.execute("PRAGMA auto_vacuum = INCREMENTAL")
     con.execute("PRAGMA journal_mode = WAL")
     con.execute("PRAGMA synchronous = NORMAL")
-    for statement in schema_sql():
-        con.execute(statement)
+    if version != SCHEMA_VERSION:  # a log that is whole is opened without a write: the disk may be full
+        for statement in schema_sql():
+            con.execute(statement)
     con.commit()
+
+# %% ../../nbs/monitoring/02a_logfile.ipynb #c8b77f05
+class FullDisk(DataError):
+    "There is no room for a request log on its disk."
+
+
+def refusal(path: Path, why: Exception, what: str, hint: str) -> DataError:
+    "What is raised for a log that cannot be had: `FullDisk` where the disk has no room left."
+    full = isinstance(why, sqlite3.Error) and getattr(why, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+    with suppress(OSError):
+        full = full or shutil.disk_usage(path.parent).free < 1 << 16
+    made: type[DataError] = FullDisk if full else DataError
+    return made(f"{path} cannot be {what} as a request log: {why}", "make room on its disk" if full else hint)
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #cd783249
 def open_log(path: str | Path) -> sqlite3.Connection:
@@ -130,12 +146,12 @@ def open_log(path: str | Path) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True)
         con = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
     except (OSError, sqlite3.Error) as e:
-        raise DataError(f"{path} cannot be opened as a request log: {e}", "name a file that can be written") from e
+        raise refusal(path, e, "opened", "name a file that can be written") from e
     try:
         set_up(con, path)
     except sqlite3.Error as e:
         con.close()
-        raise DataError(f"{path} cannot be used as a request log: {e}", "name a new file") from e
+        raise refusal(path, e, "used", "name a new file") from e
     except DataError:
         con.close()
         raise

@@ -14,13 +14,14 @@ import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..core.config import nearest
 from ..core.errors import ConfigError, DataError, MissingError
-from .logfile import COLUMNS, Label, RequestRow, open_log, write_batch
+from .logfile import COLUMNS, FullDisk, Label, RequestRow, open_log, write_batch
 from .retention import Keep, make_room
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #7c59bdf1
@@ -40,9 +41,10 @@ class LogFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self._inode = Path(path), 0
-        self._con: sqlite3.Connection | None = open_log(self.path)
-        self._inode = self.path.stat().st_ino
+        self._con: sqlite3.Connection | None = None
         self._began = time.time() - time.monotonic()
+        with suppress(FullDisk):  # who writes is told, and counts
+            self.open()
 
     def now(self) -> float:
         "Seconds since the epoch, by a clock that never jumps."
@@ -100,6 +102,8 @@ class LogWriter(LogFile):
         if time.monotonic() - self._told >= QUIET_S:
             self._told = time.monotonic()
             logging.getLogger(__name__).error("request log: %d items lost so far: %s", self.counts.lost, why)
+            if self._con is not None:
+                self._tidy(self._con)  # what has to go may be what is in the way
         self.close()
         return False
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Labels', 'NAME', 'LOOKBACK_MS', 'Samples', 'labels_of', 'Matcher', 'Store', 'forget', 'value_at', 'values_within',
-           'Target', 'samples_of', 'ingest', 'scrape']
+           'Target', 'samples_of', 'take_samples', 'ingest', 'scrape']
 
 # %% ../../nbs/monitoring/07_series.ipynb #4708bf25
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from urllib.error import URLError
@@ -165,14 +165,15 @@ def samples_of(page: str) -> Iterator[tuple[str, dict[str, str], float]]:
         raise ServiceError(f"that is no page of metrics: {e}", "the address must be that of a /metrics") from e
 
 # %% ../../nbs/monitoring/07_series.ipynb #cae00e92
-def ingest(store: Store, target: Target, page: str | None, now: float) -> None:
-    "Put a page that was read at `now` into the store; `None` if it could not be read."
+def take_samples(
+    store: Store,
+    target: Target,
+    samples: Iterable[tuple[str, Mapping[str, str], float]] | None,  # name, labels, value; None: it did not answer
+    now: float,
+) -> None:
+    "Put what a target says at `now` into the store, and end the series that it no longer has."
     own, found = {"job": target.job, "instance": target.instance}, set()
-    try:
-        read = list(samples_of(page)) if page is not None else []
-    except ServiceError:
-        page, read = None, []
-    for name, labels, value in read:
+    for name, labels, value in samples or ():
         kept = {f"exported_{k}" if k in own else k: v for k, v in labels.items()}
         series = labels_of(name, kept | own)
         store.add(series, now, value)
@@ -180,7 +181,16 @@ def ingest(store: Store, target: Target, page: str | None, now: float) -> None:
     for gone in target.seen - found:
         store.add(gone, now, None)
     target.seen = found
-    store.add(labels_of("up", own), now, 0.0 if page is None else 1.0)
+    store.add(labels_of("up", own), now, 0.0 if samples is None else 1.0)
+
+# %% ../../nbs/monitoring/07_series.ipynb #811d95ac
+def ingest(store: Store, target: Target, page: str | None, now: float) -> None:
+    "Put a page that was read at `now` into the store; `None` if it could not be read."
+    try:
+        read = list(samples_of(page)) if page is not None else None
+    except ServiceError:
+        read = None
+    take_samples(store, target, read, now)
 
 # %% ../../nbs/monitoring/07_series.ipynb #698b27d9
 def scrape(store: Store, target: Target, now: float) -> bool:

@@ -21,7 +21,7 @@ from .feed import serve_work
 from .feedback import Feedback, Known, answer_key, confidence_of, traits_of
 from .gpu import Reading
 from .livedrift import LiveDrift
-from .logfile import Label, RequestRow
+from .logfile import FullDisk, Label, RequestRow
 from .plane import Sink, Work
 from .requestlog import LogWriter
 from .retention import Keep
@@ -75,14 +75,19 @@ class LogSink(Sink):
     def find(self, ids: Sequence[str]) -> dict[str, Known]:
         "What the log knows of requests, by id."
         ask = f"SELECT id, {', '.join(KNOWN)} FROM requests WHERE id IN ({', '.join('?' * len(ids))})"
-        return {i: known_of(*row) for i, *row in self.writer.open().execute(ask, list(ids))}
+        return {i: known_of(*row) for i, *row in self._rows(ask, ids)}
 
     def labelled(self, limit: int = 2000) -> list[tuple[Label, Known]]:
         "The latest labels with their rows, oldest first."
         ask = f"SELECT l.request_id, l.name, l.value, l.text, l.time, {', '.join(f'r.{n}' for n in KNOWN)}"
         ask += " FROM labels l JOIN requests r ON r.id = l.request_id ORDER BY l.time DESC LIMIT ?"
-        found = self.writer.open().execute(ask, (limit,))
-        return [(Label(*r[:5]), known_of(*r[5:])) for r in found][::-1]
+        return [(Label(*r[:5]), known_of(*r[5:])) for r in self._rows(ask, (limit,))][::-1]
+
+    def _rows(self, ask: str, values: Sequence[Any]) -> list[tuple]:
+        try:
+            return self.writer.open().execute(ask, list(values)).fetchall()
+        except FullDisk:  # nothing is known until there is room; the writer counts what that costs
+            return []
 
     def read(self) -> list[Reading]:
         "What the disk did not take, what was there already, what had to go."

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..monitoring.feed import worker_command
-from ..monitoring.logfile import open_log
 from ..monitoring.plane import Plane, ThreadPlane, Work
 from ..monitoring.processplane import ProcessPlane
+from ..monitoring.requestlog import LogFile
 from ..monitoring.traces import COLLECTORS, telemetry_from
 from ..monitoring.worker import WorkerSpec, make_sinks
 from .config import MonitorSettings
@@ -44,7 +44,7 @@ def new_plane(cfg: MonitorSettings, environ: Mapping[str, str], thread: bool = F
     if thread or cfg.monitor_in == "thread" or cfg.in_process:
         return ThreadPlane(Work(make_sinks(spec, environ)))
     if spec.log:
-        open_log(spec.log).close()
+        LogFile(spec.log).close()
     if spec.traces and (telemetry := telemetry_from(environ)):
         telemetry.close()
     return ProcessPlane(worker_command(spec.to_dict()))
