@@ -63,7 +63,7 @@ def count(
     detector = EDetector(columns, run_length, temper=2.0 if "temper" in order else 1.0)
     for rows in parts:
         detector.take(rows)
-    return Counted(table.name, order, detector.rows, len(detector.alarms), run_length)
+    return Counted(table.name, order, detector.rows, detector.alarmed_times, run_length)
 
 
 def count_ours(

@@ -66,6 +66,7 @@ class Observer:
 
     TEXTS = 256  # live texts that are kept for examples
     PATH = 100_000  # rows whose evidence is kept
+    STORED = 10_000  # of these, in a state
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class Gauged(Taker):
     @property
     def alarms(self) -> int:
         "How often an alarm was raised; after each the detector starts again."
-        return len(self.watcher.alarms)
+        return self.watcher.alarmed_times
 
     @property
     def distance(self) -> Score:
@@ -168,8 +169,9 @@ class Kept(Gauged):
 
     def state_dict(self) -> dict[str, Any]:
         "Everything that was learned from rows, as JSON."
-        kept = {"values": [pack_array(self.values.rows), self.values.count], "path": self.path, "new": self.new}
+        kept: dict[str, Any] = {"values": [pack_array(self.values.rows), self.values.count], "new": self.new}
         kept |= {"present": self.present.tolist(), "out_of_order": self.out_of_order}
+        kept["path"] = self.path[-self.STORED :]  # a state is written every half minute
         kept["clock"] = self.clock if math.isfinite(self.clock) else None
         return {"schema": STATE_SCHEMA, "names": self.names, "watcher": self.watcher.state_dict(), **kept}
 

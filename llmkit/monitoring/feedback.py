@@ -39,6 +39,8 @@ def check_label(name: str, value: float | None, text: str | None) -> None:
         raise ConfigError(f"label {name!r} is a text", 'for example "text": "Paris"')
     if name in FLAGS and value not in (0, 1):
         raise ConfigError(f"label {name!r} is {value if value is not None else text!r}", "it is 1 or 0")
+    if name in GRADES and value is not None and not 0 <= value <= 1:
+        raise ConfigError(f"label {name!r} is {value}", "it is a share, from 0 to 1")
     if name not in TEXTS and value is None:
         raise ConfigError(f"label {name!r} is a number", f"text is for {' and '.join(TEXTS)}")
 
@@ -73,14 +75,15 @@ class Known:
     "What is remembered of a request."
 
     revision: str
-    answer: bytes  # its key
+    answer: bytes  # its key; empty if its text was not kept
     score: float = math.nan  # how likely the model found its answer, 0..1; nan if nobody asked
     like: np.ndarray | None = field(default=None, compare=False)  # its traits, if somebody looked
 
 
 def confidence_of(row: RequestRow) -> float:
     "The geometric mean of the probabilities of an answer's tokens; nan if the row does not say."
-    return math.nan if row.mean_logprob is None else min(1.0, math.exp(row.mean_logprob))
+    said = row.mean_logprob
+    return math.nan if said is None or not math.isfinite(said) else min(1.0, math.exp(said))
 
 
 def traits_of(row: RequestRow) -> np.ndarray:
@@ -149,7 +152,7 @@ ESTIMATE_S = 60.0  # between two estimates
 class Scores:
     "What an estimate is made of, of one revision."
 
-    labelled: deque[tuple[float, float, np.ndarray | None]]  # score, grade, traits
+    labelled: OrderedDict[str, tuple[float, float, np.ndarray | None]]  # by request id: score, grade, traits
     latest: deque[tuple[float, np.ndarray | None]]  # score, traits
     at: float = -math.inf  # when it was made
     value: float = math.nan
@@ -157,7 +160,7 @@ class Scores:
 
 def estimate_of(scores: Scores) -> float:
     "The estimate, nan if nothing can be learned (all answers are right, a package is missing), or it is not trusted."
-    labelled, latest = list(scores.labelled), list(scores.latest)
+    labelled, latest = list(scores.labelled.values()), list(scores.latest)
     seen = [x for x in labelled if x[2] is not None], [x for x in latest if x[1] is not None]
     weighted = len(seen[0]) >= WEIGHED and len(seen[1]) >= FEWEST
     labelled, latest = seen if weighted else (labelled, latest)
@@ -177,16 +180,20 @@ class Forecast:
     "Accuracy of the latest answers of each revision, as their scores have it."
 
     def __init__(self, window: int) -> None:
-        self.seen: dict[str, Scores] = defaultdict(lambda: Scores(deque(maxlen=2000), deque(maxlen=window)))
+        self.seen: dict[str, Scores] = defaultdict(lambda: Scores(OrderedDict(), deque(maxlen=window)))
 
     def answered(self, revision: str, score: float, like: np.ndarray | None = None) -> None:
         "Note an answer."
         self.seen[revision].latest.append((score, like))
 
-    def graded(self, known: Known, grade: float) -> None:
-        "Note how right an answer was."
+    def graded(self, request_id: str, known: Known, grade: float) -> None:
+        "Note how right an answer was, in the place of what was said of it before."
+        labelled = self.seen[known.revision].labelled
+        labelled.pop(request_id, None)
         if grade in (0.0, 1.0):
-            self.seen[known.revision].labelled.append((known.score, grade, known.like))
+            labelled[request_id] = (known.score, grade, known.like)
+        if len(labelled) > 2000:
+            labelled.popitem(last=False)
 
     def read(self) -> dict[str, float]:
         "The estimates by revision, of those that have one."
@@ -221,7 +228,7 @@ class Counted(Joined):
 
     def move(self, label: Label, known: Known) -> None:
         "Let a label move the window that it belongs to."
-        if label.name == "label":
+        if label.name == "label" and known.answer:
             gauge, value = "accuracy", float(answer_key(label.text) == known.answer)
         elif label.name in (*FLAGS, *GRADES) and label.value is not None:
             gauge, value = FLAGS.get(label.name, "accuracy"), label.value
@@ -229,7 +236,7 @@ class Counted(Joined):
             return
         self.windows.setdefault((gauge, known.revision), Latest(self.window)).put(label.request_id, value)
         if gauge == "accuracy" and math.isfinite(known.score):
-            self.forecast.graded(known, value)
+            self.forecast.graded(label.request_id, known, value)
 
 # %% ../../nbs/monitoring/02c_feedback.ipynb #697a1072
 class Feedback(Counted):

@@ -35,9 +35,15 @@ class Worker:
             with contextlib.suppress(OSError):  # an ordinary user may have no large pipes left
                 fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20)
         args = [*command, str(theirs_in), str(theirs_out)]
-        self.process = subprocess.Popen(args, pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL)
-        for fd in (theirs_in, theirs_out):
-            os.close(fd)
+        try:
+            self.process = subprocess.Popen(args, pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL)
+        except OSError:  # too many processes, or no memory for one more
+            os.close(down)
+            os.close(up)
+            raise
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
         self.out, self.inbox, self.began = Outbox(down), Messages(up, Back), time.monotonic()
         self.sent, self.done = 0, 0
         self.waiting: deque[tuple[int, float]] = deque()  # how many were sent, and when the oldest of those came
@@ -45,9 +51,9 @@ class Worker:
     def send(self, items: list[Item], since: float) -> None:
         "Hand over a batch, whose oldest item came at `since`."
         rows, labels = [i for i in items if isinstance(i, RequestRow)], [i for i in items if isinstance(i, Label)]
+        self.out.add(Feed(rows, labels))
         self.sent += len(items)
         self.waiting.append((self.sent, since))
-        self.out.add(Feed(rows, labels))
 
     def heard(self, back: Back) -> None:
         "Note how far it is."
@@ -94,10 +100,20 @@ class FeedPlane(Plane):
         if worker.out.push():
             since = self.ring.since()
             if items := self.ring.take(SLICE):
-                worker.send(items, since or 0.0)
+                self._send(worker, items, since or 0.0)
         if len(worker.out) or len(self.ring):
             self._due = True
             loop.call_later(self.gather_s, self._pump) if len(worker.out) else loop.call_soon(self._pump)
+
+    def _send(self, worker: Worker, items: list[Item], since: float) -> None:
+        try:
+            worker.send(items, since)
+        except ValueError as e:  # half a surrogate pair, which no encoding has: of one, the others must not be lost
+            for item in items if len(items) > 1 else ():
+                self._send(worker, [item], since)
+            if len(items) == 1:
+                self.lost += 1
+                logging.getLogger(__name__).error("a row cannot be handed to the monitor's worker: %s", e)
 
     def behind(self) -> float:
         "Seconds since the oldest item came that is not done; 0 if there is none."
@@ -123,7 +139,13 @@ class Hearing(FeedPlane):
     def _begin(self) -> None:
         if self._closing or self._loop is None:
             return
-        worker = self._worker = Worker(self.command)
+        try:
+            worker = self._worker = Worker(self.command)
+        except OSError as e:
+            self._wait = min(30.0, self._wait * 2)
+            logging.getLogger(__name__).error("the monitor's worker cannot start, again in %g s: %s", self._wait, e)
+            self._loop.call_later(self._wait, self._begin)
+            return
         self._loop.add_reader(worker.inbox.fd, self._hear)
         for question in self._told:
             worker.out.add(Feed(question=question))
@@ -213,9 +235,10 @@ class ProcessPlane(Asking):
         while (len(self.ring) or len(worker.out)) and time.monotonic() < until:
             if worker.out.push() and len(self.ring):
                 since = self.ring.since()
-                worker.send(self.ring.take(SLICE), since or 0.0)
+                self._send(worker, self.ring.take(SLICE), since or 0.0)
             select.select([worker.inbox.fd], [worker.out.fd], [], 0.1)
         os.close(worker.out.fd)
+        worker.out.fd = -1  # by the time that `close` comes, the number may be somebody else's
         while not worker.inbox.closed and time.monotonic() < until:
             if worker.inbox.waiting(0.1):
                 for back in worker.inbox.read():

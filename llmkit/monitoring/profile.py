@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROFILE_SCHEMA', 'OLD_SCHEMA', 'CLASSES', 'Row', 'KINDS', 'EXCERPT', 'pair_counts', 'fit_pairs', 'pair_score',
-           'pack_pairs', 'unpack_pairs', 'row_text', 'row_features', 'leave_one_out', 'make_profile', 'table_blocks',
-           'make_table_profile', 'check_profile', 'Encoder']
+           'pack_pairs', 'unpack_pairs', 'row_text', 'as_logged', 'row_features', 'half_scores', 'make_profile',
+           'table_blocks', 'make_table_profile', 'check_profile', 'Encoder']
 
 # %% ../../nbs/monitoring/03_profile.ipynb #fe7a7476
 import base64
@@ -24,11 +24,13 @@ from llmkit.monitoring.columns import (
     column_blocks,
     embedding_blocks,
     expand_row,
+    halves,
     numeric_block,
     watched_columns,
 )
 from .describe import MAX_CHARS, SIDES, describe_answer, describe_text, embed
 from .edetector import Column
+from ..security.pii import mask
 
 # %% ../../nbs/monitoring/03_profile.ipynb #4bc18bc8
 PROFILE_SCHEMA = "llmkit.profile/2"
@@ -88,6 +90,12 @@ def row_text(row: Row, kind: str) -> str:
         raise DataError(f"a row of {kind} has no text under {KINDS[kind]!r}", f"its keys are {', '.join(row)}")
     return text
 
+# %% ../../nbs/monitoring/03_profile.ipynb #f399b50e
+def as_logged(row: Row, kind: str) -> Row:
+    "The row as a request log would have it: with its text masked."
+    said = mask(row_text(row, kind)).text
+    return said if isinstance(row, str) else {**row, KINDS[kind]: said}
+
 # %% ../../nbs/monitoring/03_profile.ipynb #4abb7895
 def row_features(row: Row, kind: str) -> dict[str, float | str | None]:
     "What can be said of one row of the given `kind` without a reference."
@@ -97,10 +105,11 @@ def row_features(row: Row, kind: str) -> dict[str, float | str | None]:
     return found
 
 # %% ../../nbs/monitoring/03_profile.ipynb #f647dff2
-def leave_one_out(counts: Sequence[np.ndarray]) -> list[float]:
-    "The score of each text under the letter-pair model of all the other texts."
-    total = np.sum(counts, axis=0)
-    return [pair_score(c, fit_pairs(total - c)) for c in counts]
+def half_scores(counts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    "The letter-pair model of one half of the texts, and the scores of the other half."
+    seen, counted = halves(len(counts))
+    model = fit_pairs(np.sum([counts[i] for i in seen], axis=0))
+    return model, [pair_score(counts[i], model) for i in counted]
 
 # %% ../../nbs/monitoring/03_profile.ipynb #6c712dfe
 def make_profile(
@@ -117,17 +126,18 @@ def make_profile(
     kind = kind or ("predictions" if not isinstance(rows[0], str) and "completion" in rows[0] else "prompts")
     if kind not in KINDS:
         raise DataError(f"unknown kind of profile {kind!r}", f"one of {', '.join(KINDS)}")
-    rows = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))]
+    at = np.unique(np.linspace(0, len(rows) - 1, limit).round().astype(int))
+    rows = [as_logged(rows[i], kind) for i in at]
     texts = [row_text(r, kind) for r in rows]
-    counts = [pair_counts(t) for t in texts]
-    table = [row_features(r, kind) | {"pair_logprob": s} for r, s in zip(rows, leave_one_out(counts), strict=True)]
+    pairs, scores = half_scores([pair_counts(t) for t in texts])
+    columns = table_blocks([row_features(r, kind) for r in rows]) | {"pair_logprob": numeric_block(scores)}
     return {
         "schema": PROFILE_SCHEMA,
         "kind": kind,
         "rows": len(rows),
         "model": model,
-        "pairs": pack_pairs(fit_pairs(np.sum(counts, axis=0))),
-        "columns": table_blocks(table) | embedding_blocks([embed(t) for t in texts], "embedding"),
+        "pairs": pack_pairs(pairs),
+        "columns": columns | embedding_blocks([embed(t) for t in texts], "embedding"),
         "examples": [t[:EXCERPT] for t in texts[: max(examples, 0)]],
     }
 

@@ -12,6 +12,7 @@ import os
 import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +114,8 @@ def archive(con: sqlite3.Connection, folder: str | Path, ids: list[str]) -> Path
     "Write rows that have to go to a Parquet file in `folder`; its path."
     marks = ", ".join("?" * len(ids))
     first, last = con.execute(f"SELECT min(rowid), max(rowid) FROM requests WHERE id IN ({marks})", ids).fetchone()
-    path = Path(folder) / f"requests-{first:012d}-{last:012d}.parquet"
+    own = blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()  # numbers of rows begin anew in an empty log
+    path = Path(folder) / f"requests-{first:012d}-{last:012d}-{own}.parquet"
     write_parquet(rows_of(con, ids), path)
     return path
 

@@ -52,7 +52,8 @@ def known_of(*values: Any) -> Known:
     "What `feedback` wants to know of a row in the log, given its columns `KNOWN`."
     row = RequestRow("", 0.0, **dict(zip(KNOWN, values, strict=True)))
     texts = row.mean_logprob is not None and (row.prompt or row.completion)
-    return Known(row.revision, answer_key(row.completion), confidence_of(row), traits_of(row) if texts else None)
+    answer = b"" if row.completion_tokens and not row.completion else answer_key(row.completion)  # b"": not kept
+    return Known(row.revision, answer, confidence_of(row), traits_of(row) if texts else None)
 
 # %% ../../nbs/monitoring/02f_worker.ipynb #236fb403
 class LogSink(Sink):
