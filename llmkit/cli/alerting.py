@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .watcher import Places, whose
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, RunError
 
 Url = Annotated[str, typer.Option(help="Address of a running server.")]
 Rules = Annotated[str, typer.Option(help="Alert rules, a YAML file; those that ship without it.")]
@@ -93,7 +94,11 @@ def run(
     judged = read_rules(Path(rules)) if rules else default_rules()
     check_secrets(told)
     loop = AlertLoop(judged, [target], told, folder, every)
-    with locked(folder):
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except RunError as e:
+            raise ConfigError(e.message, "one watcher is enough; or give another --folder") from e
         channels = ", ".join([*told.webhooks, *told.mails]) or "this window only"
         print(f"{len(judged)} rules over {target.url}, every {every:g} s; tells {channels}; Ctrl-C ends it", flush=True)
         tell = Telling(loop)

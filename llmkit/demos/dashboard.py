@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from ..cli.watcher import Places, Seen, Source, Watcher, whose
-from ..core.errors import require
+from ..core.errors import ConfigError, require
 from .linechart import chart, shown
 from ..monitoring.performance import PERCENTILES
 from ..monitoring.signals import signal
@@ -65,7 +65,8 @@ def rows_table(rows: Sequence[Mapping[str, Any]], now: float, empty: str) -> str
     for row in rows[:20]:
         texts = [ago(row[k], now) if k in TIMES and row.get(k) else cell_text(row.get(k)) for k in keys]
         rings = ' class="lk-rings"' if row.get("state") == "firing" else ""
-        body += f"<tr{rings}>" + "".join(f"<td>{escape(t)}</td>" for t in texts) + "</tr>"
+        cells = (f"<td{' class=lk-long' * (len(t) > 40)}>{escape(t)}</td>" for t in texts)
+        body += f"<tr{rings}>" + "".join(cells) + "</tr>"
     more = f'<div class="lk-legend">and {len(rows) - 20} more</div>' if len(rows) > 20 else ""
     return f'<div class="lk-scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
 
@@ -190,8 +191,8 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-legend i{display:inline-block;width:10px;height:3px;margin:0 5px 3px 0;border-radius:2px}
 .lk-legend b{color:var(--body-text-color);font-variant-numeric:tabular-nums}
 .lk-legend .lk-said i{height:0;border-top:2px dashed #d1495b;border-radius:0}
-.lk-charts .lk-card{display:flex;flex-direction:column;justify-content:space-between}
-.lk-card svg{width:100%;height:auto;display:block}
+.lk-charts .lk-card{display:flex;flex-direction:column}
+.lk-card svg{width:100%;height:auto;display:block;margin-top:auto}
 .lk-card svg path{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .lk-card svg text{fill:var(--body-text-color);font-size:12px;opacity:.8}
 .lk-grid{stroke:var(--border-color-primary);stroke-width:1}
@@ -202,7 +203,8 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-card thead,.lk-card tbody,.lk-card tr{border:0!important}
 .lk-card th,.lk-card td{border:0!important;text-align:left;vertical-align:top;padding:5px 14px 5px 0!important}
 .lk-card th{font-weight:500!important;opacity:.7}
-.lk-card td{border-top:1px solid var(--border-color-primary)!important}
+.lk-card td{border-top:1px solid var(--border-color-primary)!important;white-space:nowrap}
+.lk-card td.lk-long{white-space:normal;min-width:220px}
 .lk-rings td:first-child{color:#d1495b;font-weight:600}
 """
 
@@ -230,6 +232,12 @@ def page(watcher: Watcher, every: float = 2.0) -> Any:
 def launch(watcher: Watcher, port: int | None = None, block: bool = False) -> Any:
     "Open the page over a running watcher and return the running Gradio app."
     demo = page(watcher, watcher.every)
-    how = {"css": CSS, "inline": False}
-    demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=not block, quiet=not block, **how)
+    how = {"css": CSS, "inline": False, "prevent_thread_lock": True, "quiet": True}
+    try:
+        demo.launch(server_name="127.0.0.1", server_port=port, **how)
+    except OSError as e:
+        raise ConfigError(f"there is no free port for the page: {port or '7860 to 7959'}", "give another --port") from e
+    if block:
+        print(f"a page about {watcher.places.base} at {demo.local_url}; Ctrl-C ends it", flush=True)
+        demo.block_thread()
     return demo

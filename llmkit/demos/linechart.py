@@ -39,7 +39,7 @@ def shown(value: float | None, unit: str) -> str:
     size, name = scale_of(value, unit)
     number = value / size
     digits = 0 if number == 0 or abs(number) >= 100 else 1 if abs(number) >= 10 else 2
-    text = f"{number:,.{digits}f}"
+    text = f"{number:,.{digits}f}" if not 0 < abs(number) < 0.1 else f"{number:.2g}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return f"{text} {name}".strip() if name != "/s" else f"{text}/s"
 
