@@ -16,25 +16,25 @@ from typing import Annotated, Any
 
 import typer
 
+from .alerting import Rules, Url, Who, routes_of, run
 from .profile import profile
-from .watcher import Places, Watcher, Watching
+from .watcher import SIGNALS, Places, Watcher, Watching, whose
 from ..core.errors import ConfigError, DataError, require
 
 SAID = "Look at a served model: drift, quality, cost, alerts, dashboards."
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=SAID)
 app.command()(profile)
+app.command()(run)
 Log = Annotated[str, typer.Option(help="The server's request log.")]
-Url = Annotated[str, typer.Option(help="Address of a running server.")]
 Key = Annotated[str, typer.Option(envvar="LLMKIT_ADMIN_KEY", help="For routes and revisions.")]
 Model = Annotated[str, typer.Option(help="Model folder whose profile the log is compared with.")]
 Since = Annotated[str, typer.Option(help="How far back: 90s, 15m, 6h, 1d; all without it.")]
-Rules = Annotated[str, typer.Option(help="Alert rules, a YAML file; those that ship without it.")]
+Revision = Annotated[str, typer.Option(help="Only what this revision answered; all of the log without it.")]
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
-__all__ = ['SAID', 'app', 'Log', 'Url', 'Key', 'Model', 'Since', 'Rules', 'Json', 'Tables', 'digits', 'put', 'rows_of',
-           'drift_of', 'look_at_log', 'look_at_server', 'look', 'write_rules', 'routes_of', 'draw', 'retrain_command',
-           'dashboard', 'run', 'Telling']
+__all__ = ['SAID', 'app', 'Log', 'Key', 'Model', 'Since', 'Revision', 'Json', 'Tables', 'digits', 'put', 'rows_of', 'drift_of',
+           'drift_line', 'look_at_log', 'look_at_server', 'look', 'write_rules', 'draw', 'retrain_command', 'dashboard']
 
 # %% ../../nbs/cli/13_monitor.ipynb #088dd869
 Tables = dict[str, list[dict[str, Any]]]
@@ -68,52 +68,60 @@ def put(tables: Tables, as_json: bool = False) -> None:
             console.print(table, "")
 
 # %% ../../nbs/cli/13_monitor.ipynb #f2d067a8
-def rows_of(log: str, since: str = "") -> list[dict[str, Any]]:
+def rows_of(log: str, since: str = "", revision: str = "") -> list[dict[str, Any]]:
     "The rows of a log, the last of them where `since` says how far back; `DataError` if there are none."
     from llmkit.deployment.plan import seconds
     from llmkit.monitoring.requestlog import read_requests
 
-    rows = read_requests(log, since=time.time() - seconds(since) if since else 0.0)
+    rows = read_requests(log, time.time() - seconds(since) if since else 0.0, revision or None)
     if not rows:
-        when = f" in the last {since}" if since else ""
+        when = (f" to {revision}" if revision else "") + (f" in the last {since}" if since else "")
         raise DataError(f"{log} has no requests{when}", "send some, or look further back")
     return rows
 
 # %% ../../nbs/cli/13_monitor.ipynb #3757f005
 def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 1e5) -> tuple[Tables, dict[str, Any]]:
     "Drift of a log's rows against a model's profile, in order of arrival: a table, and the detectors."
-    from llmkit.core.card import ModelCard
+    from llmkit.core.card import ModelCard, check_model_folder
     from llmkit.monitoring.drift import DriftDetector
-    from llmkit.monitoring.monitor import live_rows
+    from llmkit.monitoring.monitor import kinds_of, live_rows
 
-    card = ModelCard.load(model)
+    card = ModelCard.load(check_model_folder(model))
     if not card.profile:
         raise DataError(f"the model in {model} carries no profile", "run register_model on it")
-    live, lines, detectors = live_rows(rows), [], {}
-    for kind in ("prompts", "predictions") if live else ():
-        if not card.profile.get(kind):
+    live, lines, detectors, texts = live_rows(rows), [], {}, []
+    for kind in kinds_of(card.profile):
+        if not live:
+            lines.append({"of": kind, "verdict": f"none of {len(rows)} requests is an answered completion"})
             continue
         detectors[kind] = DriftDetector(card.profile[kind], run_length, model=card.revision)
-        r = detectors[kind].detect(live)
-        line: dict[str, Any] = {
-            "of": kind,
-            "verdict": "drift" if r.alarm else "quiet",
-            "since row": r.since,
-            "rows": r.rows,
-        }
-        line |= {"moved, at least": r.score_low, "mostly in": r.feature if r.alarm else None}
-        lines.append(line | {"evidence, log10": max(r.path)})
-    return {"Drift": lines}, detectors
+        found = detectors[kind].detect(live)
+        lines.append(drift_line(found, live))
+        sides = found.examples.items()
+        texts += [{"of": kind, "from": side, "text": " ".join(t.split())[:100]} for side, ts in sides for t in ts]
+    return {"Drift": lines, "Examples of it": texts}, detectors
+
+# %% ../../nbs/cli/13_monitor.ipynb #e28c5266
+def drift_line(r: Any, live: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "A report on live rows as a line: the verdict, since when, how far at least, in which columns."
+    began = live[r.since - 1]["time"] if r.since else None
+    line: dict[str, Any] = {"of": r.kind, "verdict": "drift" if r.alarm else "quiet"}
+    line |= {"since": began and time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)), "since row": r.since}
+    line |= {"rows": r.rows, "moved, at least": r.score_low, "mostly in": ", ".join(r.columns[:3]) or None}
+    answered = sorted({row["revision"] for row in live})
+    return line | {"evidence, log10": max(r.path), "alarm at": math.log10(r.run_length), "by": ", ".join(answered)}
 
 # %% ../../nbs/cli/13_monitor.ipynb #06d98c4e
-def look_at_log(log: str, model: str, since: str, rules: str, hour: float, tokens: float, by: str) -> Tables:
+def look_at_log(
+    log: str, model: str, since: str, rules: str, hour: float, tokens: float, by: str, revision: str = ""
+) -> Tables:
     "The tables of a log."
     from llmkit.monitoring.alerts import default_rules, read_rules
     from llmkit.monitoring.overview import cost_table, quality_table, slice_table, window_table
     from llmkit.monitoring.performance import performance_table, summarize
     from llmkit.monitoring.replay import answerable, replay
 
-    rows = rows_of(log, since)
+    rows = rows_of(log, since, revision)
     judged, _ = answerable(read_rules(Path(rules)) if rules else default_rules())
     tables = {"Speed": performance_table(summarize(rows)), "Over time": window_table(rows)}
     tables |= {
@@ -131,7 +139,9 @@ def look_at_server(url: str, admin_key: str, rules: str, wait_s: float = 2.0) ->
     from llmkit.monitoring.alerts import read_rules
     from llmkit.monitoring.signals import signal
 
-    watching = Watching(Places(url, admin_key), read_rules(Path(rules)) if rules else None)
+    slow = ("cost_per_request",)  # it is counted every ten seconds
+    judged, signals = read_rules(Path(rules)) if rules else None, [n for n in SIGNALS if n not in slow]
+    watching = Watching(Places(url, admin_key), judged, signals=signals)
     if not watching.tick().up:
         raise ServiceError(f"no server answers at {watching.places.base}", "is it running? give --url")
     time.sleep(wait_s)
@@ -141,8 +151,13 @@ def look_at_server(url: str, admin_key: str, rules: str, wait_s: float = 2.0) ->
         for name, lines in seen.now.items()
         for line, value in lines.items()
     ]
-    alerts = [{"alert": a["name"], "state": a["state"], "said": a["annotations"].get("summary")} for a in seen.alerts]
-    return {"Now": now, "Alerts": alerts, "Routes": seen.routes, "Revisions": seen.revisions}
+    alerts = [
+        {"alert": a["name"], "state": a["state"], "of": whose(a["labels"]), "said": a["annotations"].get("summary")}
+        for a in seen.alerts
+    ]
+    keyed = watching.sources["routes"]
+    unseen = [] if keyed.state == "ok" else [{"what": "routes and revisions", "why": keyed.error or keyed.missing}]
+    return {"Now": now, "Alerts": alerts, "Routes": seen.routes, "Revisions": seen.revisions, "Not seen": unseen}
 
 # %% ../../nbs/cli/13_monitor.ipynb #63404627
 @app.command()
@@ -155,21 +170,22 @@ def look(
     rules: Rules = "",
     hour: Annotated[float, typer.Option(help="Price of a busy hour of the machine, dollars.")] = 0.0,
     tokens: Annotated[float, typer.Option(help="Or of 1,000 tokens, dollars.")] = 0.0,
-    by: Annotated[str, typer.Option(help="Slices: revision, alias, endpoint, user, session, ...")] = "revision",
+    by: Annotated[str, typer.Option(help="Slices: revision, alias, endpoint, user, metadata.NAME, ...")] = "revision",
+    revision: Revision = "",
     as_json: Json = False,
 ) -> None:
     "Look once at a log, a running server, or both."
     if not (log or url):
         raise ConfigError("there is nothing to look at", "give --log FILE, --url ADDRESS, or both")
     tables = look_at_server(url, admin_key, rules) if url else {}
-    put(tables | (look_at_log(log, model, since, rules, hour, tokens, by) if log else {}), as_json)
+    put(tables | (look_at_log(log, model, since, rules, hour, tokens, by, revision) if log else {}), as_json)
 
 # %% ../../nbs/cli/13_monitor.ipynb #94e0ea2a
 @app.command("rules")
 def write_rules(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("monitoring"),
     rules: Rules = "",
-    routes: Annotated[str, typer.Option(help="Who is told, a YAML file of webhooks, mails and habits.")] = "",
+    routes: Who = "",
 ) -> None:
     "Write alert rules, routes and dashboards for Prometheus, Alertmanager, Grafana and Azure Monitor."
     from llmkit.monitoring.alerts import read_rules
@@ -178,17 +194,6 @@ def write_rules(
     made = write_monitoring(out, read_rules(Path(rules)) if rules else None, routes_of(routes) if routes else None)
     print("\n".join(str(path) for path in made))
 
-# %% ../../nbs/cli/13_monitor.ipynb #30ffa2ed
-def routes_of(path: str) -> Any:
-    "The routes in a YAML or JSON file."
-    from llmkit.evaluation.gate import read_plain
-    from llmkit.monitoring.routes import Routes
-
-    values = read_plain(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no routes", "write webhooks: {ops: {url: https://...}}")
-    return Routes.from_dict(values)
-
 # %% ../../nbs/cli/13_monitor.ipynb #8a23c8b5
 @app.command("report")
 def draw(
@@ -196,12 +201,15 @@ def draw(
     model: Annotated[str, typer.Option(help="Model folder whose profile the log is compared with.")],
     out: Annotated[Path, typer.Option(help="Folder for the HTML files.")] = Path("drift"),
     since: Since = "",
+    revision: Revision = "",
 ) -> None:
     "Draw Evidently's report of a log against the model's profile."
     from llmkit.monitoring.driftreport import draw_report
 
-    tables, detectors = drift_of(model, rows_of(log, since))
+    tables, detectors = drift_of(model, rows_of(log, since, revision))
     put(tables)
+    if not detectors:
+        raise DataError(f"nothing in {log} can be compared with the profile", "it is of answers of /v1/completions")
     for kind, detector in detectors.items():
         print(draw_report(detector, out / f"{kind}.html"))
 
@@ -249,51 +257,3 @@ def dashboard(
     judged = read_rules(Path(rules)) if rules else None
     with Watcher(Places(url, admin_key, log, rollouts, loop), every, rules=judged) as watcher:
         import_module("llmkit.demos.dashboard").launch(watcher, port, block=True)
-
-# %% ../../nbs/cli/13_monitor.ipynb #d02676ac
-@app.command()
-def run(
-    url: Url = "http://127.0.0.1:8000",
-    rules: Rules = "",
-    routes: Annotated[str, typer.Option(help="Who is told, a YAML file of webhooks, mails and habits.")] = "",
-    folder: Annotated[str, typer.Option(help="Folder of the outbox: what was not sent yet.")] = "runs/alerts",
-    every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks.")] = 15.0,
-    once: Annotated[bool, typer.Option(hidden=True)] = False,
-) -> None:
-    "Judge the alert rules against a running server and tell who is to know, until Ctrl-C."
-    from llmkit.monitoring.alertloop import AlertLoop, start, stop
-    from llmkit.monitoring.alerts import default_rules, read_rules
-    from llmkit.monitoring.routes import Routes
-    from llmkit.monitoring.series import Target
-
-    target = Target(f"{Places(url).base}/metrics")
-    told = routes_of(routes) if routes else Routes()
-    loop = AlertLoop(read_rules(Path(rules)) if rules else default_rules(), [target], told, folder, every)
-    print(f"{len(loop.evaluator.rules)} rules over {target.url}, every {every:g} s; Ctrl-C ends it", flush=True)
-    tell = Telling(loop)
-    start(loop)
-    try:
-        while True:
-            tell()
-            if once:
-                break
-            time.sleep(min(every, 2.0))
-    finally:
-        stop(loop)
-
-# %% ../../nbs/cli/13_monitor.ipynb #38f42c53
-class Telling:
-    "Prints every change of an alert once."
-
-    def __init__(self, loop: Any) -> None:
-        self.loop, self.known = loop, dict[str, str]()
-
-    def __call__(self) -> None:
-        "Print what is new."
-        e = self.loop.evaluator
-        states = {a.fingerprint: a for a in [*e.recent, *e.states]}
-        for key, alert in states.items():
-            if self.known.get(key) != alert.state:
-                at = time.strftime("%H:%M:%S")
-                print(f"{at}  {alert.state:8}  {alert.annotations.get('summary', alert.name)}", flush=True)
-            self.known[key] = alert.state

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..monitoring.series import NAME, Labels, Store, Target, scrape
 from ..monitoring.signals import signal
 
 # %% auto #0
-__all__ = ['SIGNALS', 'Points', 'short_name', 'read_signal', 'Source', 'Places', 'Seen', 'Watching', 'known_signal',
+__all__ = ['SIGNALS', 'Points', 'short_name', 'read_signal', 'Source', 'Places', 'Seen', 'Watching', 'whose', 'known_signal',
            'fired_before', 'given_sources', 'remember', 'look_around', 'read_admin', 'read_rollouts', 'read_ledger',
            'read_log', 'Watcher']
 
@@ -78,7 +78,7 @@ SIGNALS: tuple[str, ...] = (
     "queue",
 )
 SIGNALS += ("running", "kv_cache_usage", "drift_score", "drift_evidence", "accuracy", "satisfaction", "cpu", "memory")
-SIGNALS += ("task_completion", "cost_per_request", "disk_free", "gpu_utilization")
+SIGNALS += ("task_completion", "cost_per_request", "disk_free", "gpu_utilization", "accuracy_estimated")
 Points = deque[tuple[float, float]]
 
 
@@ -130,7 +130,7 @@ class Watching:
         self.target = Target(f"{places.base}/metrics")
         self.evaluator = Evaluator(default_rules() if rules is None else rules, self.store)
         self.lines: dict[str, dict[str, Points]] = {name: {} for name in self.signals}
-        self.seen, self.lock = Seen(), threading.Lock()
+        self.seen, self.lock, self.began = Seen(), threading.Lock(), math.nan
         self.sources = {s.name: s for s in given_sources(places)}
 
     def tick(self, now: float | None = None) -> Seen:
@@ -140,7 +140,9 @@ class Watching:
         seen.up = scrape(self.store, self.target, now)
         server.error = "" if seen.up else "no server answers there; is it running?"
         self.evaluator.evaluate(now)
-        seen.now = {name: read_signal(self.store, name, now, self.window_s) for name in self.signals}
+        self.began = now if seen.up and math.isnan(self.began) else self.began
+        window = min(self.window_s, max(now - self.began, 1.0))  # a rate over more would count time nobody looked
+        seen.now = {name: read_signal(self.store, name, now, window) for name in self.signals}
         if seen.now.get("throughput"):  # no series of failures is no failure, where there are requests
             for name in {"error_rate", "rejected_rate"} & set(self.signals):
                 seen.now[name] = seen.now[name] or {"all": 0.0}
@@ -150,6 +152,11 @@ class Watching:
             remember(self, seen)
             self.seen = seen
         return seen
+
+# %% ../../nbs/cli/13b_watcher.ipynb #2d1cb1bd
+def whose(labels: Mapping[str, str]) -> str:
+    "What an alert with these labels is about, beside its name: a revision, a kind of text."
+    return " · ".join(labels[k] for k in ("model_name", "revision", "kind", "alias") if k in labels)
 
 # %% ../../nbs/cli/13b_watcher.ipynb #5ffac9f0
 def known_signal(name: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -117,9 +117,14 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         "A config from `values`; an unknown key is refused with the nearest known name."
         known = [f.name for f in fields(cls)]
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__} is {values!r}, and not names with values", nearest("", known))
         for name in values:
             if name not in known:
-                raise ConfigError(f"{cls.__name__} has no field {name!r}", nearest(name, known))
+                raise ConfigError(f"{cls.__name__} has no field {name!r}", nearest(str(name), known))
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        if lacking := [name for name in needed if name not in values]:
+            raise ConfigError(f"{cls.__name__} lacks {lacking[0]!r}", f"it needs {', '.join(needed)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

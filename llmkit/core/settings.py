@@ -32,7 +32,9 @@ def read_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            return no_twins([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
+            named = [k for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]  # `<<` may be overruled
+            no_twins([(self.construct_object(k, True), None) for k in named])
+            return super().construct_mapping(node, deep=True)
 
     Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
     try:

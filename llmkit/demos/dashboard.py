@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..cli.watcher import Places, Seen, Source, Watcher
-from ..core.errors import require
+from ..cli.watcher import Places, Seen, Source, Watcher, whose
+from ..core.errors import ConfigError, require
 from .linechart import chart, shown
+from ..monitoring.performance import PERCENTILES
 from ..monitoring.signals import signal
 
 # %% auto #0
-__all__ = ['PANELS', 'CSS', 'worst', 'tiles', 'ago', 'rows_table', 'cell_text', 'section', 'alert_rows', 'panel', 'charts',
-           'tables', 'log_rows', 'page', 'launch']
+__all__ = ['TIMES', 'PANELS', 'CSS', 'worst', 'tiles', 'ago', 'rows_table', 'cell_text', 'section', 'alert_rows', 'bound_of',
+           'panel', 'charts', 'tables', 'log_words', 'log_rows', 'page', 'launch']
 
 # %% ../../nbs/demos/02_dashboard.ipynb #caee14ee
 def worst(seen: Seen, name: str, how: Callable[..., float] = max) -> float | None:
@@ -51,6 +52,9 @@ def ago(then: float, now: float) -> str:
     return "now"
 
 # %% ../../nbs/demos/02_dashboard.ipynb #40cd0dfe
+TIMES = ("began", "ended")
+
+
 def rows_table(rows: Sequence[Mapping[str, Any]], now: float, empty: str) -> str:
     "Rows with equal keys as a table; a sentence where there are none."
     if not rows:
@@ -59,9 +63,12 @@ def rows_table(rows: Sequence[Mapping[str, Any]], now: float, empty: str) -> str
     head = "".join(f"<th>{escape(k)}</th>" for k in keys)
     body = ""
     for row in rows[:20]:
-        texts = [ago(row[k], now) if k == "began" else cell_text(row.get(k)) for k in keys]
-        body += "<tr>" + "".join(f"<td>{escape(t)}</td>" for t in texts) + "</tr>"
-    return f'<div class="lk-scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        texts = [ago(row[k], now) if k in TIMES and row.get(k) else cell_text(row.get(k)) for k in keys]
+        rings = ' class="lk-rings"' if row.get("state") == "firing" else ""
+        cells = (f"<td{' class=lk-long' * (len(t) > 40)}>{escape(t)}</td>" for t in texts)
+        body += f"<tr{rings}>" + "".join(cells) + "</tr>"
+    more = f'<div class="lk-legend">and {len(rows) - 20} more</div>' if len(rows) > 20 else ""
+    return f'<div class="lk-scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}'
 
 # %% ../../nbs/demos/02_dashboard.ipynb #4512a9a7
 def cell_text(value: Any) -> str:
@@ -85,29 +92,38 @@ def alert_rows(seen: Seen) -> list[dict[str, Any]]:
     "A line an alert."
     made = []
     for a in seen.alerts:
-        who = {k: v for k, v in a["labels"].items() if k in ("model_name", "revision", "kind", "alias")}
-        note = a["annotations"].get("description", "")
-        since = a["fired"] or a["since"]
+        note, since = a["annotations"].get("description", ""), a["fired"] or a["since"]
         line = {"state": a["state"], "severity": a["labels"].get("severity", ""), "alert": a["name"]}
-        line |= {"of": " · ".join(who.values()), "what": a["annotations"].get("summary", ""), "note": note}
-        made.append(line | {"began": since})
+        line |= {"of": whose(a["labels"]), "what": a["annotations"].get("summary", ""), "note": note}
+        made.append(line | {"began": since, "ended": a["resolved"]})
     return made
 
 # %% ../../nbs/demos/02_dashboard.ipynb #2a741cea
-PANELS: list[tuple[str, dict[str, str], float | None]] = [
-    ("Latency", {"P50": "P50", "P95": "P95", "P99": "P99"}, None),
-    ("Time to first token, P95", {"ttft_p95": ""}, None),
-    ("Requests a second", {"throughput": ""}, None),
-    ("Tokens a second", {"tokens_per_second": ""}, None),
-    ("Errors and refusals", {"error_rate": "5xx", "rejected_rate": "429"}, None),
-    ("In the batch and waiting", {"running": "running", "queue": "waiting"}, None),
-    ("Drift: at least this share has moved", {"drift_score": ""}, 0.1),
-    ("Accuracy of labelled answers, and thumbs", {"accuracy": "accuracy", "satisfaction": "thumbs up"}, None),
-    ("Machine", {"cpu": "CPU", "memory": "memory"}, None),
+PANELS: list[tuple[str, dict[str, str]]] = [
+    ("Latency", {"P50": "P50", "P95": "P95", "P99": "P99"}),
+    ("Time to first token, P95", {"ttft_p95": ""}),
+    ("Requests a second", {"throughput": ""}),
+    ("Tokens a second", {"tokens_per_second": ""}),
+    ("Errors and refusals", {"error_rate": "5xx", "rejected_rate": "429"}),
+    ("In the batch and waiting", {"running": "running", "queue": "waiting"}),
+    ("Drift: at least this share has moved", {"drift_score": ""}),
+    ("Accuracy: of labelled answers, and estimated", {"accuracy": "labelled", "accuracy_estimated": "estimated"}),
+    ("Thumbs up, tasks completed", {"satisfaction": "thumbs", "task_completion": "completed"}),
+    ("Cost of a request", {"cost_per_request": ""}),
+    ("Memory for keys and values", {"kv_cache_usage": ""}),
+    ("Machine", {"cpu": "CPU", "memory": "memory", "gpu_utilization": "GPU"}),
 ]
 
+# %% ../../nbs/demos/02_dashboard.ipynb #6aa7e940
+def bound_of(watcher: Watcher, names: Mapping[str, str], high: float) -> tuple[float | None, str]:
+    "The bound of the first rule about one of these signals, and how it is written; none far above `high`."
+    for condition in (r.condition for r in watcher.evaluator.rules):
+        if condition.signal.name in names and (condition.bound <= 5 * high or not high):
+            return condition.bound, condition.text
+    return None, ""
 
-def panel(watcher: Watcher, title: str, names: Mapping[str, str], bound: float | None, minutes: float) -> str:
+# %% ../../nbs/demos/02_dashboard.ipynb #8fd103f7
+def panel(watcher: Watcher, title: str, names: Mapping[str, str], minutes: float) -> str:
     "One chart of a watcher's lines."
     end = watcher.seen.time or time.time()
     lines: dict[str, list[tuple[float, float]]] = {}
@@ -119,7 +135,8 @@ def panel(watcher: Watcher, title: str, names: Mapping[str, str], bound: float |
     unit = signal(known[0]).unit if known else "count"
     first = min((points[0][0] for points in lines.values() if points), default=end)
     start = max(end - 60 * minutes, min(first, end - 60))  # a line of a minute need not be a dot in an hour
-    return chart(title, lines, unit, (start, end), bound)
+    high = max((v for points in lines.values() for t, v in points if t >= start), default=0.0)
+    return chart(title, lines, unit, (start, end), *bound_of(watcher, names, high))
 
 # %% ../../nbs/demos/02_dashboard.ipynb #6d79b083
 def charts(watcher: Watcher, minutes: float) -> str:
@@ -133,22 +150,32 @@ def tables(watcher: Watcher) -> str:
     "Alerts, routes, rollouts, retrainings."
     seen, s = watcher.seen, watcher.sources
     now = seen.time
-    alerts = Source("alerts", "rules")
+    alerts, routes = Source("alerts", "rules"), [r | {"share": shown(r["share"], "share")} for r in seen.routes]
     parts = [
         section("Alerts", alerts, alert_rows(seen), now, f"all {len(watcher.evaluator.rules)} rules are quiet"),
-        section("Routes", s["routes"], seen.routes, now, "the server has no alias"),
+        section("Routes", s["routes"], routes, now, "the server has no alias"),
         section("Rollouts", s["rollouts"], seen.rollouts, now, "none so far"),
         section("Retrainings", s["retrainings"], seen.retrainings, now, "none so far"),
-        section("Request log, last 15 minutes", s["request log"], log_rows(seen), now, "no requests"),
+        section(f"Request log, last 15 minutes{log_words(seen)}", s["request log"], log_rows(seen), now, "no requests"),
     ]
     return "".join(parts)
 
 # %% ../../nbs/demos/02_dashboard.ipynb #c8fb37b1
-def log_rows(seen: Seen) -> list[dict[str, Any]]:
-    "The summary of the request log as a table."
-    from llmkit.monitoring.performance import performance_table
+def log_words(seen: Seen) -> str:
+    "How many requests the log has, how many failed, how much was written."
+    if not (s := seen.log):
+        return ""
+    errors = shown(s["error_rate"], "share")
+    return f": {s['requests']:,.0f} requests, {errors} errors, {shown(s['tokens_per_s'], '')} tokens a second"
 
-    return performance_table(seen.log) if seen.log else []
+# %% ../../nbs/demos/02_dashboard.ipynb #302be074
+def log_rows(seen: Seen) -> list[dict[str, Any]]:
+    "The times in the summary of the request log as a table."
+    words = {"latency": "latency", "ttft": "time to first token", "queue": "waiting for a slot"} if seen.log else {}
+    return [
+        {"time": word} | {f"P{p}": shown(seen.log[f"{stem}_p{p}_s"], "seconds") for p in PERCENTILES}
+        for stem, word in words.items()
+    ]
 
 # %% ../../nbs/demos/02_dashboard.ipynb #590ef575
 CSS = """
@@ -163,7 +190,9 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-legend{display:flex;flex-wrap:wrap;gap:2px 14px;min-height:1.3em}
 .lk-legend i{display:inline-block;width:10px;height:3px;margin:0 5px 3px 0;border-radius:2px}
 .lk-legend b{color:var(--body-text-color);font-variant-numeric:tabular-nums}
-.lk-card svg{width:100%;height:auto;display:block}
+.lk-legend .lk-said i{height:0;border-top:2px dashed #d1495b;border-radius:0}
+.lk-charts .lk-card{display:flex;flex-direction:column}
+.lk-card svg{width:100%;height:auto;display:block;margin-top:auto}
 .lk-card svg path{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .lk-card svg text{fill:var(--body-text-color);font-size:12px;opacity:.8}
 .lk-grid{stroke:var(--border-color-primary);stroke-width:1}
@@ -174,7 +203,9 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-card thead,.lk-card tbody,.lk-card tr{border:0!important}
 .lk-card th,.lk-card td{border:0!important;text-align:left;vertical-align:top;padding:5px 14px 5px 0!important}
 .lk-card th{font-weight:500!important;opacity:.7}
-.lk-card td{border-top:1px solid var(--border-color-primary)!important}
+.lk-card td{border-top:1px solid var(--border-color-primary)!important;white-space:nowrap}
+.lk-card td.lk-long{white-space:normal;min-width:220px}
+.lk-rings td:first-child{color:#d1495b;font-weight:600}
 """
 
 # %% ../../nbs/demos/02_dashboard.ipynb #e1f4cbd1
@@ -201,6 +232,12 @@ def page(watcher: Watcher, every: float = 2.0) -> Any:
 def launch(watcher: Watcher, port: int | None = None, block: bool = False) -> Any:
     "Open the page over a running watcher and return the running Gradio app."
     demo = page(watcher, watcher.every)
-    how = {"css": CSS, "inline": False}
-    demo.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=not block, quiet=not block, **how)
+    how = {"css": CSS, "inline": False, "prevent_thread_lock": True, "quiet": True}
+    try:
+        demo.launch(server_name="127.0.0.1", server_port=port, **how)
+    except OSError as e:
+        raise ConfigError(f"there is no free port for the page: {port or '7860 to 7959'}", "give another --port") from e
+    if block:
+        print(f"a page about {watcher.places.base} at {demo.local_url}; Ctrl-C ends it", flush=True)
+        demo.block_thread()
     return demo

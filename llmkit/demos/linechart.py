@@ -9,10 +9,11 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 # %% auto #0
 __all__ = ['SCALES', 'COLORS', 'WIDTH', 'HEIGHT', 'LEFT', 'TOP', 'BOTTOM', 'Lines', 'scale_of', 'shown', 'nice_top', 'segments',
-           'path_of', 'grid', 'chart']
+           'path_of', 'grid', 'usual_step', 'chart']
 
 # %% ../../nbs/demos/01a_linechart.ipynb #00e32925
 SCALES: dict[str, list[tuple[float, str]]] = {
@@ -38,7 +39,7 @@ def shown(value: float | None, unit: str) -> str:
     size, name = scale_of(value, unit)
     number = value / size
     digits = 0 if number == 0 or abs(number) >= 100 else 1 if abs(number) >= 10 else 2
-    text = f"{number:,.{digits}f}"
+    text = f"{number:,.{digits}f}" if not 0 < abs(number) < 0.1 else f"{number:.2g}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return f"{text} {name}".strip() if name != "/s" else f"{text}/s"
 
@@ -90,12 +91,25 @@ def grid(top: float, unit: str, span: tuple[float, float]) -> str:
         made += f'<text x="{x}" y="{HEIGHT - 5}" text-anchor="{anchor}">{label}</text>'
     return made
 
+# %% ../../nbs/demos/01a_linechart.ipynb #3870a3d5
+def usual_step(points: Sequence[tuple[float, float]]) -> float:
+    "Seconds between two points, mostly; 0 for less than two."
+    steps = sorted(b[0] - a[0] for a, b in pairwise(points[-50:]))
+    return steps[len(steps) // 2] if steps else 0.0
+
 # %% ../../nbs/demos/01a_linechart.ipynb #c0ca511d
 Lines = Mapping[str, Iterable[tuple[float, float]]]
 
 
-def chart(title: str, lines: Lines, unit: str, span: tuple[float, float], bound: float | None = None) -> str:
-    "One chart as HTML: `lines` of (time, value), a dashed line at `bound`; a sentence where there is no line."
+def chart(
+    title: str,
+    lines: Lines,  # of (time, value)
+    unit: str,
+    span: tuple[float, float],
+    bound: float | None = None,  # where a dashed line is
+    said: str = "",  # what that line is
+) -> str:
+    "One chart as HTML; a sentence where there is no line."
     kept = {name: list(points) for name, points in lines.items()}
     kept = {name: points for name, points in kept.items() if points and points[-1][0] >= span[0]}
     head = f'<div class="lk-title">{escape(title)}</div>'
@@ -103,13 +117,14 @@ def chart(title: str, lines: Lines, unit: str, span: tuple[float, float], bound:
         return f'<div class="lk-card">{head}<div class="lk-none">nothing measured yet</div></div>'
     high = [v for points in kept.values() for t, v in points if t >= span[0]]
     top = nice_top(max([*high, bound or 0.0]))
-    legend, drawn = "", grid(top, unit, span)
+    legend, drawn, last = "", grid(top, unit, span), ""
     if bound is not None:
         y = TOP + (HEIGHT - TOP - BOTTOM) * (1 - bound / top)
         drawn += f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y:.1f}" y2="{y:.1f}" class="lk-bound"/>'
-    for i, (name, points) in enumerate(sorted(kept.items())):
-        color, gap = COLORS[i % len(COLORS)], 15.0
+        last = f'<span class="lk-said"><i></i>{escape(said)}</span>' if said else ""
+    for i, (name, points) in enumerate(kept.items()):  # a line that begins later takes no colour from another
+        color, gap = COLORS[i % len(COLORS)], max(15.0, 3 * usual_step(points))
         drawn += f'<path d="{path_of(points, span, top, gap)}" stroke="{color}"/>'
         legend += f'<span><i style="background:{color}"></i>{escape(name)} <b>{shown(points[-1][1], unit)}</b></span>'
     svg = f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(title)}">{drawn}</svg>'
-    return f'<div class="lk-card">{head}<div class="lk-legend">{legend}</div>{svg}</div>'
+    return f'<div class="lk-card">{head}<div class="lk-legend">{legend}{last}</div>{svg}</div>'

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ..core.config import Config, nearest
 from ..core.errors import ConfigError, DataError
 from ..core.run import Check, read_result
+from ..core.settings import no_twins, read_yaml
 
 Direction = Literal["at most", "at least", "below", "above"]
 OPS: dict[str, Literal["<", "<=", ">", ">="]] = {"at most": "<=", "at least": ">=", "below": "<", "above": ">"}
@@ -112,20 +113,16 @@ def parse_gate(entries: Any, where: str) -> list[Bound]:
 # %% ../../nbs/evaluation/04_gate.ipynb #943013dc
 def read_plain(path: str | Path) -> Any:
     "The plain values in a YAML or JSON file; a missing or broken one is an error with its line."
-    import yaml
-
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return json.loads(text, object_pairs_hook=no_twins) if path.suffix == ".json" else read_yaml(text)
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path} cannot be read ({type(e).__name__})", "give the path of a YAML or JSON file") from e
     except json.JSONDecodeError as e:
         raise ConfigError(f"{path} is not JSON (line {e.lineno}: {e.msg})", "mend that line") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{path} is not YAML ({line}{getattr(e, 'problem', e)})", "mend that line") from e
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e.message}", e.hint or "mend that line") from e
 
 # %% ../../nbs/evaluation/04_gate.ipynb #996d0ebf
 def known_names(gate: Sequence[Bound], known: Iterable[str], where: str = "the gate") -> None:

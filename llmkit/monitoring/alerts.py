@@ -32,6 +32,7 @@ from typing import Any, Literal, Self
 
 from ..core.config import Config, nearest
 from ..core.errors import ConfigError, DataError, LLMKitError
+from ..core.settings import read_yaml
 from .promql import Beyond
 from .signals import NUMBER, Signal, quantity, signal
 
@@ -207,20 +208,15 @@ def read_rules(
     source: str | Path,  # a file, or YAML itself
 ) -> list[AlertRule]:
     "Rules of a YAML or JSON file."
-    import yaml
-
     text, where = str(source), "alerts"
     if isinstance(source, Path):
         if not source.is_file():
             raise DataError(f"there is no file {source}", "name a YAML file with rules below 'alerts'")
         text, where = source.read_text(encoding="utf-8"), source.name
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        raise ConfigError(
-            f"{where} is no YAML: {' '.join(str(e).split())}", "see azure/monitoring for an example"
-        ) from e
-    return rules_of(data, where)
+        return rules_of(read_yaml(text), where)
+    except ConfigError as e:
+        raise ConfigError(e.message if e.message.startswith(where) else f"{where}: {e.message}", e.hint) from e
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #0d94519b
 WATCH = """

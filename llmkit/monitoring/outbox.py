@@ -64,13 +64,14 @@ class _Box:
         give_up_s: float = 86_400.0,  # a message that nobody took for so long is dead
     ) -> None:
         self.max_messages, self.give_up_s = max_messages, give_up_s
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, timeout=5.0)
             self._db.executescript(_TABLES)
-        except sqlite3.Error as e:
-            raise ServiceError(f"the outbox {Path(path).name} cannot be opened: {e}", "is the disk full?") from e
+        except (sqlite3.Error, OSError) as e:
+            hint = "name another folder" if "full" not in str(e) else "make room on the disk"
+            raise ServiceError(f"the outbox {Path(path).name} cannot be opened: {e}", hint) from e
 
     def note(self, name: str, value: Any = None) -> Any:
         "What was written down under `name`; `None` if nothing was."

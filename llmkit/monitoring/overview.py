@@ -8,6 +8,7 @@ __all__ = ['Rows', 'SLICES', 'LEAST', 'quality_table', 'at_a_glance', 'window_ta
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #e447a21a
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,7 +75,8 @@ def cut_by(rows: Rows, key: str, least: int = LEAST) -> list[str]:
     names = ["(none)" if name in ("–", "None") else name for name in said]
     sizes = Counter(names)
     small = {name for name, size in sizes.items() if size < least}
-    return [f"({len(small)} smaller ones)" if name in small else name for name in names]
+    rest = f"({len(small)} smaller one{'s' * (len(small) != 1)})"
+    return [rest if name in small else name for name in names]
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #43c12e1c
 def slice_table(rows: Rows, key: str, least: int = LEAST) -> list[dict[str, Any]]:
@@ -82,7 +84,7 @@ def slice_table(rows: Rows, key: str, least: int = LEAST) -> list[dict[str, Any]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for name, r in zip(cut_by(rows, key, least), rows, strict=True):
         groups.setdefault(name, []).append(r)
-    order = sorted(groups, key=lambda name: (name.endswith(" smaller ones)"), -len(groups[name])))
+    order = sorted(groups, key=lambda name: (bool(re.fullmatch(r"\(\d+ smaller ones?\)", name)), -len(groups[name])))
     return [{key: name} | at_a_glance(groups[name]) for name in order]
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #5cffed0c

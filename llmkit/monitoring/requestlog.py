@@ -61,9 +61,13 @@ class LogFile:
 
     def _moved(self) -> bool:
         try:
-            return self.path.stat().st_ino != self._inode
+            found = self.path.stat()
         except FileNotFoundError:
             return True
+        if not found.st_size:  # emptied, as rotation by copying does: what lies beside it belongs to nothing
+            for end in ("", "-wal", "-shm"):
+                Path(f"{self.path}{end}").unlink(missing_ok=True)
+        return found.st_ino != self._inode or not found.st_size
 
     def close(self) -> None:
         "Let go of the file."

@@ -132,12 +132,20 @@ class Routes(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Routes:
         "Routes from what YAML gives."
-        kinds = {"webhooks": Webhook, "mails": Mail, "habits": Habit}
-        made = dict(values)
-        for key, kind in kinds.items():
-            if key in made:
-                made[key] = {name: kind.from_dict(v) for name, v in made[key].items()}  # type: ignore[attr-defined]
-        return super().from_dict(made)
+        kinds: dict[str, type[Config]] = {"webhooks": Webhook, "mails": Mail, "habits": Habit}
+        return super().from_dict(dict(values) | {k: _by_name(k, values[k], kinds[k]) for k in kinds if k in values})
+
+
+def _by_name(key: str, values: Any, kind: type[Config]) -> dict[str, Config]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key} is {values!r}, and not names with settings", f"write {key}: {{ops: {{...}}}}")
+    made = {}
+    for name, value in values.items():
+        try:
+            made[name] = kind.from_dict(value)
+        except ConfigError as e:
+            raise ConfigError(f"{key}.{name}: {e.message}", e.hint) from e
+    return made
 
 # %% ../../nbs/monitoring/07g_routes.ipynb #a55ea98b
 def _file(source: str, what: str) -> str:

@@ -7,7 +7,9 @@ __all__ = ['KNOWN', 'WorkerSpec', 'known_of', 'LogSink', 'TraceSink', 'SystemSin
 
 # %% ../../nbs/monitoring/02f_worker.ipynb #5a34c2fd
 import json
+import logging
 import os
+import sqlite3
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +19,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Gt
 
 from ..core.config import Config
+from ..core.errors import DataError
 from .feed import serve_work
 from .feedback import Feedback, Known, answer_key, confidence_of, traits_of
 from .gpu import Reading
@@ -76,18 +79,22 @@ class LogSink(Sink):
     def find(self, ids: Sequence[str]) -> dict[str, Known]:
         "What the log knows of requests, by id."
         ask = f"SELECT id, {', '.join(KNOWN)} FROM requests WHERE id IN ({', '.join('?' * len(ids))})"
-        return {i: known_of(*row) for i, *row in self._rows(ask, ids)}
+        return {i: known_of(*row) for i, *row in self.ask(ask, list(ids))}
 
     def labelled(self, limit: int = 2000) -> list[tuple[Label, Known]]:
         "The latest labels with their rows, oldest first."
         ask = f"SELECT l.request_id, l.name, l.value, l.text, l.time, {', '.join(f'r.{n}' for n in KNOWN)}"
         ask += " FROM labels l JOIN requests r ON r.id = l.request_id ORDER BY l.time DESC LIMIT ?"
-        return [(Label(*r[:5]), known_of(*r[5:])) for r in self._rows(ask, (limit,))][::-1]
+        return [(Label(*r[:5]), known_of(*r[5:])) for r in self.ask(ask, [limit])][::-1]
 
-    def _rows(self, ask: str, values: Sequence[Any]) -> list[tuple]:
+    def ask(self, question: str, args: Sequence[Any]) -> list[tuple]:
+        "The answer of the log; none from a damaged one, so that drift is watched all the same."
         try:
-            return self.writer.open().execute(ask, list(values)).fetchall()
+            return self.writer.open().execute(question, args).fetchall()
         except FullDisk:  # nothing is known until there is room; the writer counts what that costs
+            return []
+        except (sqlite3.Error, DataError, OSError) as e:
+            logging.getLogger(__name__).warning("the request log cannot be read: %s", e)
             return []
 
     def read(self) -> list[Reading]:
