@@ -122,13 +122,14 @@ def plot_course(exp: Experiment, report: Report, metric: Metric) -> Any:
     ax, units = fig.subplots(), [h["units"] for h in lines]
     low, middle, high = ([h[f"{metric.name} {k}"] for h in lines] for k in ("low", "effect", "high"))
     ax.fill_between(units, low, high, color="#2e7d5b", alpha=0.2, lw=0)
-    ax.plot(units, middle, color="#2e7d5b", marker=".")
+    ax.plot(units, middle, color="#2e7d5b", marker=".", label="effect so far, and its interval")
     ax.axhline(0, color="black", lw=0.7)
     control = next((r.control for r in report.readings if r.metric == metric.name), math.nan)
     wanted = metric.sign * metric.effect * abs(control) * (1 if metric in exp.metrics else -1)
     if math.isfinite(wanted):
-        ax.axhline(wanted, color="#d1495b", ls="--", lw=1)
+        ax.axhline(wanted, color="#d1495b", ls="--", lw=1, label="smallest effect that matters")
         reach = max([abs(wanted) * 4, *(abs(v) for v in (low[-1:] + high[-1:]))])
         ax.set_ylim(-1.5 * reach, 1.5 * reach)  # early intervals are as wide as the sky
     ax.set(xlabel=f"{exp.unit}s counted", ylabel=f"{metric.name}, change", title=f"{report.name}: {report.verdict}")
+    fig.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     return fig

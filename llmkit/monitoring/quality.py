@@ -101,7 +101,7 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1)
+    axis.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1, label="calibrated")
     for name, rows in tables.items():
         x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
         ends = [[r["accuracy"] - r["low"] for r in rows], [r["high"] - r["accuracy"] for r in rows]]
