@@ -77,7 +77,7 @@ def draw_ratio(rng: np.random.Generator, there: np.ndarray, gain: float) -> tupl
 
 
 def draw_past(rng: np.random.Generator, there: np.ndarray, gain: float) -> tuple[np.ndarray, Any, Any]:
-    "A user's latency now and before, correlated through what he is used to ask."
+    "A user's latency now and before, correlated through what the user tends to ask."
     habit = 0.9 * rng.standard_normal(there.shape)
     now, past = (np.exp(habit + 0.43 * rng.standard_normal(there.shape)) for _ in range(2))
     return now * _arm(gain), 1.0, past
