@@ -193,7 +193,7 @@ def simulated(kind: str, traffic: Traffic, total: int, seed: int, gain: float = 
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #2c6213cf
 def null_lines(kind: str, traffic: Traffic, total: int, seed: int) -> list[dict[str, Any]]:
-    "A line a rule over experiments without an effect: shares rejected, Wilson's bounds, and the coverage."
+    "One line per rule over experiments without an effect: shares rejected, Wilson's bounds, and the coverage."
     lines = []
     for rule, n in simulated(kind, traffic, total, seed).items():
         low, high = wilson(n["rejected"], total)
@@ -213,7 +213,7 @@ def planned_gain(kind: str, traffic: Traffic, rule: str, seed: int) -> float:
 
 
 def power_lines(kind: str, traffic: Traffic, total: int, seed: int) -> list[dict[str, Any]]:
-    "A line a rule: the effect planned for, how often it is found, when, and how often all intervals cover it."
+    "One line per rule: the effect planned for, how often it is found, when, and how often all intervals cover it."
     lines = []
     for rule in (*GROUPS, "anytime"):
         gain = planned_gain(kind, traffic, rule, seed + 1)

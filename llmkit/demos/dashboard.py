@@ -82,7 +82,7 @@ def section(title: str, source: Source, rows: Sequence[Mapping[str, Any]], now: 
 
 # %% ../../nbs/demos/02_dashboard.ipynb #83da9760
 def alert_rows(seen: Seen) -> list[dict[str, Any]]:
-    "A line an alert."
+    "One line per alert."
     made = []
     for a in seen.alerts:
         who = {k: v for k, v in a["labels"].items() if k in ("model_name", "revision", "kind", "alias")}

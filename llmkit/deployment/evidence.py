@@ -22,7 +22,7 @@ WORSE = tuple(float(x) for x in np.geomspace(1.25, 10, 12))
 
 
 def stakes(odds: Sequence[float]) -> tuple[float, ...]:
-    "The log of the money that each bet begins with, 1 together: the smaller the odds, the more."
+    "The log of the money that each bet begins with, 1 in all; smaller odds get more of it."
     money = 1 / np.asarray(odds)
     return tuple(np.log(money / money.sum()).tolist())
 

@@ -161,7 +161,7 @@ class Report:
     readings: list[Reading]
     checks: dict[str, float]  # p-values of the sample ratio and of missing labels
     counts: dict[str, int]
-    history: list[dict[str, Any]] = field(default_factory=list)  # a line a look
+    history: list[dict[str, Any]] = field(default_factory=list)  # one line per look
 
     def to_dict(self) -> dict[str, Any]:
         "As JSON-able values."

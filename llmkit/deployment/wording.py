@@ -75,7 +75,7 @@ LEFT_OUT = ("saw both arms", "without a unit", "by another model", "twice in the
 
 # %% ../../nbs/deployment/05j_wording.ipynb #d165cf77
 def table(exp: Experiment, report: Report) -> list[dict[str, Any]]:
-    "A line a metric, for people."
+    "One line per metric, for people."
     lines = []
     for r in report.readings:
         m = next(m for m in exp.everything if m.name == r.metric)
