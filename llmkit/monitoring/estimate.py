@@ -135,7 +135,7 @@ def reconcile(
     estimator: Estimator,
     windows: Sequence[tuple[Any, ...]],  # (scores, correct) or (scores, correct, features) of labelled answers
 ) -> list[dict[str, Any]]:
-    "One row per window: the estimate and its interval, the truth and its own, and how wrong estimate and 'as before' were."
+    "One row per window: estimate and truth with their intervals, and how wrong the estimate and 'as before' were."
     rows: list[dict[str, Any]] = []
     for score, correct, *features in windows:
         if not len(correct):

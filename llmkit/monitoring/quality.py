@@ -29,7 +29,7 @@ def reliability(
     correct: Sequence[float] | np.ndarray,  # 1 or 0
     bins: int = 10,
 ) -> list[dict[str, Any]]:
-    "One row per bin: mean confidence, accuracy with its interval, answers, and whether the interval holds the confidence."
+    "One row per bin: mean confidence, accuracy with its interval, answers, and whether the confidence lies within it."
     c, y = checked(confidence, correct)
     rows = []
     for b in bins_of(c, bins):
