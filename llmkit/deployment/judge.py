@@ -163,7 +163,7 @@ def compare(g: GateState) -> str:
         f"{g.name}: {c.canary_bad:,} of {c.canary:,} canary requests were bad ({c.canary_bad / max(c.canary, 1):.2%})"
     )
     if g.kind == "threshold":
-        return f"{mine}, {g.level:.3g} of them may be"
+        return f"{mine}, at most {g.level:.2%} may be"
     return f"{mine}, {c.stable_bad:,} of {c.stable:,} stable ones ({c.stable_bad / max(c.stable, 1):.2%})"
 
 # %% ../../nbs/deployment/02_judge.ipynb #ff7d1e48
