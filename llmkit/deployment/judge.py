@@ -178,7 +178,7 @@ def decide(
 
 
 def broken_split(state: JudgeState) -> Decision | None:
-    "Whether the requests fail to follow the planned split; by the first gate, which every request should have."
+    "Whether the requests do not follow the planned split; the first gate's, since every request should have that one."
     mine, others = state.gates[0].counts.new
     if state.weight == 1 or state.gates[0].kind == "threshold":
         return None
@@ -197,7 +197,7 @@ def harmed(state: JudgeState) -> Decision | None:
         return None
     evidence = float(total(worst.harm))
     reason = (
-        f"{compare(worst)}; evidence {to_one(evidence)} that it is worse, {to_one(-math.log10(worst.alpha))} needed"
+        f"{compare(worst)}; evidence {to_one(evidence)} that it is worse, {to_one(-math.log10(worst.alpha))} was asked"
     )
     return Decision("rollback", reason, worst.name, evidence)
 
@@ -232,7 +232,7 @@ def waiting(state: JudgeState, over: bool) -> Decision:
     first = min(open_, key=lambda g: float(total(g.safe)))
     evidence = float(total(first.safe))
     need = f"evidence {to_one(evidence)} that it is not {first.margin:g} times as bad"
-    need += f", {to_one(-math.log10(first.promote_alpha))} needed"
+    need += f", {to_one(-math.log10(first.promote_alpha))} is asked"
     if not over:
         return Decision("continue", f"{compare(first)}; {need}", first.name, evidence)
     then: Then = "extend" if state.extensions else "hold"
@@ -249,7 +249,7 @@ def extend(state: JudgeState) -> JudgeState:
 
 
 def readings(state: JudgeState) -> list[dict[str, Any]]:
-    "One line per gate: counts, and both pieces of evidence beside what is needed, log10."
+    "One line per gate: counts, and both pieces of evidence beside what is asked, log10."
     return [
         {"gate": g.name, "canary": g.counts.canary, "stable": g.counts.stable, "canary_bad": g.counts.canary_bad}
         | {"stable_bad": g.counts.stable_bad, "harm": float(total(g.harm)), "harm_asked": -math.log10(g.alpha)}
