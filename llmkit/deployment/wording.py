@@ -34,7 +34,7 @@ def say(value: float, metric: Metric, change: bool = False) -> str:
 # %% ../../nbs/deployment/05j_wording.ipynb #7ff683c3
 HEADS = {"ship": "Ship {t}", "do not ship": "Do not ship {t}"}
 HEADS |= {
-    "inconclusive": "It cannot be told whether {t} is better",
+    "inconclusive": "The data do not show whether {t} is better",
     "running": "Still running",
     "alike": "The A/A test passed",
     "differ": "The A/A test failed",
@@ -127,7 +127,8 @@ def plot_course(exp: Experiment, report: Report, metric: Metric) -> Any:
     control = next((r.control for r in report.readings if r.metric == metric.name), math.nan)
     wanted = metric.sign * metric.effect * abs(control) * (1 if metric in exp.metrics else -1)
     if math.isfinite(wanted):
-        ax.axhline(wanted, color="#d1495b", ls="--", lw=1, label="smallest effect that matters")
+        name = "smallest effect that matters" if metric in exp.metrics else "loss that is allowed"
+        ax.axhline(wanted, color="#d1495b", ls="--", lw=1, label=name)
         reach = max([abs(wanted) * 4, *(abs(v) for v in (low[-1:] + high[-1:]))])
         ax.set_ylim(-1.5 * reach, 1.5 * reach)  # early intervals are as wide as the sky
     ax.set(xlabel=f"{exp.unit}s counted", ylabel=f"{metric.name}, change", title=f"{report.name}: {report.verdict}")
