@@ -53,7 +53,7 @@ def is_chat(row: Mapping[str, Any]) -> bool:
 
 # %% ../../nbs/deployment/06_feedback.ipynb #307484a3
 def asked(row: Mapping[str, Any], marks: tuple[str, str]) -> str | None:
-    "What the user asked in a logged row; None for a conversation of several turns, which cannot be taken apart again."
+    "What the user asked in a logged row; None for a conversation of several turns, which no template can be undone of."
     prompt = row["prompt"]
     if not is_chat(row):
         return prompt
