@@ -77,7 +77,7 @@ def draw_ratio(rng: np.random.Generator, there: np.ndarray, gain: float) -> tupl
 
 
 def draw_past(rng: np.random.Generator, there: np.ndarray, gain: float) -> tuple[np.ndarray, Any, Any]:
-    "A user's latency now and before, correlated through what he is used to ask."
+    "A user's latency now and before, correlated through what the user tends to ask."
     habit = 0.9 * rng.standard_normal(there.shape)
     now, past = (np.exp(habit + 0.43 * rng.standard_normal(there.shape)) for _ in range(2))
     return now * _arm(gain), 1.0, past
@@ -193,7 +193,7 @@ def simulated(kind: str, traffic: Traffic, total: int, seed: int, gain: float = 
 
 # %% ../../nbs/benchmarks/28_peeking.ipynb #2c6213cf
 def null_lines(kind: str, traffic: Traffic, total: int, seed: int) -> list[dict[str, Any]]:
-    "A line a rule over experiments without an effect: shares rejected, Wilson's bounds, and the coverage."
+    "One line per rule over experiments without an effect: shares rejected, Wilson's bounds, and the coverage."
     lines = []
     for rule, n in simulated(kind, traffic, total, seed).items():
         low, high = wilson(n["rejected"], total)
@@ -213,7 +213,7 @@ def planned_gain(kind: str, traffic: Traffic, rule: str, seed: int) -> float:
 
 
 def power_lines(kind: str, traffic: Traffic, total: int, seed: int) -> list[dict[str, Any]]:
-    "A line a rule: the effect planned for, how often it is found, when, and how often all intervals cover it."
+    "One line per rule: the effect planned for, how often it is found, when, and how often all intervals cover it."
     lines = []
     for rule in (*GROUPS, "anytime"):
         gain = planned_gain(kind, traffic, rule, seed + 1)

@@ -219,7 +219,7 @@ def chosen(names: Sequence[str], n: int, dice: random.Random) -> list[Point]:
 
 # %% ../../nbs/benchmarks/27a_rollout_kills.ipynb #c8c878c2
 def rollout_kills(home: Path, at_points: int = 35, at_random: int = 15, seed: int = 0) -> dict[str, Any]:
-    "So many kills of each scenario at chosen points and at random moments: a row a rollout, and what the watcher saw."
+    "Kills of each scenario at chosen points and at random moments: one row per rollout, and what the watcher saw."
     dice, rows, names, i = random.Random(seed), list[dict[str, Any]](), dict[str, list[str]](), 0
     with world(home) as w:
         for scenario in SCENARIOS:

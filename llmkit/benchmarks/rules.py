@@ -203,19 +203,20 @@ def plot_rules(figures: list[dict[str, Any]], curves: dict[str, Any]) -> Any:
     "A matplotlib figure of `compare_rules`' findings, as rows of `Figure.row`."
     from matplotlib.figure import Figure as Picture
 
-    fig = Picture(figsize=(9, 3.2), layout="constrained")
+    fig = Picture(figsize=(10, 3.4), layout="constrained")
     left, right = fig.subplots(1, 2)
     shown = {"base 1%, 20 requests/s": "quiet", "shared outage": "shared outage", "bursts of 10": "bursts"}
     for k, (what, word) in enumerate(shown.items()):
         found = {f["what"].split(": ")[0]: f["value"] for f in figures if f["what"].endswith(f"healthy, {what}")}
-        left.barh(np.arange(len(found)) + 0.26 * (k - 1), list(found.values()), 0.24, label=word)
+        at, grey = np.arange(len(found)) + 0.26 * (k - 1), str(0.25 * k + 0.2)
+        left.barh(at, list(found.values()), 0.24, color=grey, label=word)
     left.set_yticks(range(len(RULES)), list(RULES))
     left.invert_yaxis()
-    left.axvline(0.01, color="0.3", ls="--", lw=1)
-    left.set(xlabel="healthy canaries rolled back; the line is 1 %", xlim=(0, 1.02))
-    left.legend(frameon=False, fontsize=8)
+    left.axvline(0.01, color="#d1495b", ls="--", lw=1, label="the promise: 1 %")
+    left.set(xlabel="share of healthy canaries rolled back", xlim=(0, 1.02))
+    left.legend(frameon=False, loc="upper right", fontsize=8)
     for name in RULES:
         right.plot(curves["canary requests"], curves[name], label=name, lw=2.5 if name == "llmkit" else 1.2)
-    right.set(xlabel="canary requests, at 5 % of the traffic", ylabel="found, errors 1 % -> 2 %", ylim=(0, 1.02))
-    right.legend(frameon=False, fontsize=7)
+    right.set(xlabel="canary requests, at 5 % of the traffic", ylabel="share found, errors 1 % -> 2 %", ylim=(0, 1.02))
+    fig.legend(*right.get_legend_handles_labels(), frameon=False, loc="outside right center")
     return fig

@@ -48,7 +48,7 @@ def digits(value: Any) -> str:
 
 # %% ../../nbs/cli/13_monitor.ipynb #49b32b0c
 def put(tables: Tables, as_json: bool = False) -> None:
-    "Print tables: title, then a line a row; an empty one is left out."
+    "Print tables: title, then one line per row; an empty one is left out."
     if as_json:
         print(json.dumps(tables, default=str))
         return

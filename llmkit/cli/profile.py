@@ -17,7 +17,7 @@ __all__ = ['phase_rows', 'profile']
 
 # %% ../../nbs/cli/13c_profile.ipynb #13439947
 def phase_rows(log: str, since: str = "") -> list[dict[str, Any]]:
-    "A line a percentile of latency: milliseconds of each phase of a request, from a log."
+    "One line per percentile of latency: milliseconds of each phase of a request, from a log."
     from llmkit.cli.monitor import rows_of
     from llmkit.monitoring.profiler import PHASES, waterfall
 

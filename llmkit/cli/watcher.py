@@ -206,7 +206,7 @@ def look_around(watching: Watching, seen: Seen) -> None:
 
 # %% ../../nbs/cli/13b_watcher.ipynb #834927c9
 def read_admin(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    "A line a route and a line a revision, from the server."
+    "One line per route and one line per revision, from the server."
     from llmkit.serving.client import AdminClient
 
     with AdminClient(places.base, places.admin_key, timeout=5.0) as admin:
@@ -220,7 +220,7 @@ def read_admin(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 # %% ../../nbs/cli/13b_watcher.ipynb #b282a383
 def read_rollouts(home: str) -> list[dict[str, Any]]:
-    "A line a rollout, the newest first."
+    "One line per rollout, the newest first."
     from llmkit.deployment.policy import history
 
     if not Path(home).is_dir():
@@ -234,7 +234,7 @@ def read_rollouts(home: str) -> list[dict[str, Any]]:
 
 # %% ../../nbs/cli/13b_watcher.ipynb #9262fe15
 def read_ledger(home: str) -> list[dict[str, Any]]:
-    "A line a retraining, the newest first."
+    "One line per retraining, the newest first."
     from llmkit.cli.retrain import Ledger
 
     if not Path(home).is_dir():

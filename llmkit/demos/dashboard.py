@@ -89,7 +89,7 @@ def section(title: str, source: Source, rows: Sequence[Mapping[str, Any]], now: 
 
 # %% ../../nbs/demos/02_dashboard.ipynb #83da9760
 def alert_rows(seen: Seen) -> list[dict[str, Any]]:
-    "A line an alert."
+    "One line per alert."
     made = []
     for a in seen.alerts:
         note, since = a["annotations"].get("description", ""), a["fired"] or a["since"]

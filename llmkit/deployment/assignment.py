@@ -16,7 +16,7 @@ from ..serving.router import pick
 
 # %% ../../nbs/deployment/05a_assignment.ipynb #56eeb647
 def salt(exp: Experiment) -> str:
-    "What makes an experiment's draws its own; it hangs on the experiment's name."
+    "What makes an experiment's draws its own; it depends on the experiment's name."
     return blake2b(exp.name.encode(), digest_size=4).hexdigest()
 
 

@@ -106,7 +106,7 @@ class PlanRules(Config):
     look: str = "1m"  # time between two looks, where time is
     alpha: Annotated[float, Gt(0), Lt(1)] = 0.01  # probability of rolling back a healthy canary, in all stages together
     promote_alpha: Annotated[float, Gt(0), Lt(1)] = 0.05  # probability of promoting one that is `margin` times as bad
-    ratio_alpha: Annotated[float, Gt(0), Lt(1)] = 0.001  # probability of crying mismatch of the split about nothing
+    ratio_alpha: Annotated[float, Gt(0), Lt(1)] = 0.001  # probability of reporting a mismatch that is not there
     margin: Annotated[float, Gt(1)] = 2.0  # how many times as bad is too bad
     extensions: Annotated[int, Ge(0)] = 1  # how often a stage that was not enough gets its time once more
     early: bool = False  # promote as soon as the evidence is there; else a stage with a duration is watched to its end

@@ -159,7 +159,7 @@ def warn(i: int, stage: StagePower, what: str, enough: float = 0.8) -> list[str]
 
 # %% ../../nbs/deployment/03a_power.ipynb #7877ff7b
 def table(power: Power) -> str:
-    "`power` as text: a line a stage, the whole, and the warnings."
+    "`power` as text: one line per stage, the whole, and the warnings."
     rows: list[tuple[Any, ...]] = [
         ("traffic", "lasts", "to canary", "finds it", "extended", "median h", "false alarm", "healthy on", "mean h")
     ]

@@ -111,7 +111,7 @@ def send_users(url: str, exp: Experiment, cfg: ExperimentJob, windows: np.ndarra
 
 # %% ../../nbs/deployment/05l_rehearsal.ipynb #d06177e8
 def redated(exp: Experiment, rows: Sequence[Mapping[str, Any]], users: int, start: float) -> list[dict[str, Any]]:
-    "The rows of an experiment's users, each user's at the time when he would have come."
+    "The rows of an experiment's users, each user's at the time when they would have come."
     order = {name: i for i, name in enumerate(user_names(exp, users))}
     first: dict[str, float] = {}
     found = []

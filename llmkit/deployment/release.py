@@ -232,14 +232,14 @@ def rehearsal_checks(damaged: RolloutResult, healthy: RolloutResult, champion: i
 
 # %% ../../nbs/deployment/04g_release.ipynb #be0447b0
 def rollout_checks(results: dict[str, RolloutResult], last: Challenger, champion: int) -> list[Check]:
-    "What is asked of a drill, or of the rollout of a candidate; `last` is whom the throne was meant for."
+    "What is asked of a drill, or of the rollout of a candidate; `last` is the one that should become champion."
     if "damaged" in results:
         return rehearsal_checks(results["damaged"], results["healthy"], champion, last.version or 0)
     return promotion_checks(last.kind, results[last.kind], champion, last.version or 0)
 
 # %% ../../nbs/deployment/04g_release.ipynb #918ccd54
 def rollout_table(results: dict[str, RolloutResult]) -> list[dict[str, Any]]:
-    "A line a rollout: revision, verdict, requests, seconds, bad events by arm."
+    "One line per rollout: revision, verdict, requests, seconds, bad events by arm."
     return [
         {"canary": name, "revision": r.canary, "verdict": r.verdict, "requests": r.requests, "seconds": r.seconds}
         | {"bad below accuracy": round(r.threshold, 3), "why": r.reason}

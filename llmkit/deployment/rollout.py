@@ -67,7 +67,7 @@ class RegistryChampion:
 # %% ../../nbs/deployment/04f_rollout.ipynb #04965c13
 @dataclass
 class RolloutResult:
-    "How a rollout ended and why; `history` has a line a look, `traffic` a line a change of the weights."
+    "How a rollout ended and why; `history` has one line per look, `traffic` one line per change of the weights."
 
     canary: str
     stable: str

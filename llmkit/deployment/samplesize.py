@@ -115,7 +115,7 @@ def plan(
     exp: Experiment,
     past: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,  # rows of earlier days by unit
 ) -> list[dict[str, Any]]:
-    "A line a metric: what it is today, the smallest effect that matters, units and days needed, power as planned."
+    "One line per metric: what it is today, the smallest effect that matters, units and days needed, power as planned."
     return [plan_line(exp, m, measured(m, past) if past else stated(m)) for m in exp.everything]
 
 

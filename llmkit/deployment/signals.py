@@ -205,7 +205,7 @@ class LogSignals(DriftRows):
 
 # %% ../../nbs/deployment/04c_signals.ipynb #bc860f7f
 def as_rows(replies: Iterable[Reply], label: str) -> list[dict[str, Any]]:
-    "A row a reply of which it is known who answered; `ServiceError` if that is none of them."
+    "One row for each reply whose revision is known; `ServiceError` if there is none."
     replies = list(replies)
     known = [r for r in replies if r.revision and (r.value is not None or r.error)]
     if replies and not known:

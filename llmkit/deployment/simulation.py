@@ -155,7 +155,7 @@ def judge_all(
 # %% ../../nbs/deployment/02d_simulation.ipynb #ffbec4c8
 @dataclass
 class Course:
-    "How many canaries fared through a plan: the final verdict, hours until it, stage and canary requests, by canary."
+    "How canaries fared under a plan: the final verdict, hours until it, stage and canary requests, by canary."
 
     verdict: np.ndarray
     hours: np.ndarray

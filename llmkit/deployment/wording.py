@@ -34,7 +34,7 @@ def say(value: float, metric: Metric, change: bool = False) -> str:
 # %% ../../nbs/deployment/05j_wording.ipynb #7ff683c3
 HEADS = {"ship": "Ship {t}", "do not ship": "Do not ship {t}"}
 HEADS |= {
-    "inconclusive": "It cannot be told whether {t} is better",
+    "inconclusive": "The data do not show whether {t} is better",
     "running": "Still running",
     "alike": "The A/A test passed",
     "differ": "The A/A test failed",
@@ -75,7 +75,7 @@ LEFT_OUT = ("saw both arms", "without a unit", "by another model", "twice in the
 
 # %% ../../nbs/deployment/05j_wording.ipynb #d165cf77
 def table(exp: Experiment, report: Report) -> list[dict[str, Any]]:
-    "A line a metric, for people."
+    "One line per metric, for people."
     lines = []
     for r in report.readings:
         m = next(m for m in exp.everything if m.name == r.metric)
@@ -122,13 +122,15 @@ def plot_course(exp: Experiment, report: Report, metric: Metric) -> Any:
     ax, units = fig.subplots(), [h["units"] for h in lines]
     low, middle, high = ([h[f"{metric.name} {k}"] for h in lines] for k in ("low", "effect", "high"))
     ax.fill_between(units, low, high, color="#2e7d5b", alpha=0.2, lw=0)
-    ax.plot(units, middle, color="#2e7d5b", marker=".")
+    ax.plot(units, middle, color="#2e7d5b", marker=".", label="effect so far, and its interval")
     ax.axhline(0, color="black", lw=0.7)
     control = next((r.control for r in report.readings if r.metric == metric.name), math.nan)
     wanted = metric.sign * metric.effect * abs(control) * (1 if metric in exp.metrics else -1)
     if math.isfinite(wanted):
-        ax.axhline(wanted, color="#d1495b", ls="--", lw=1)
+        name = "smallest effect that matters" if metric in exp.metrics else "loss that is allowed"
+        ax.axhline(wanted, color="#d1495b", ls="--", lw=1, label=name)
         reach = max([abs(wanted) * 4, *(abs(v) for v in (low[-1:] + high[-1:]))])
         ax.set_ylim(-1.5 * reach, 1.5 * reach)  # early intervals are as wide as the sky
     ax.set(xlabel=f"{exp.unit}s counted", ylabel=f"{metric.name}, change", title=f"{report.name}: {report.verdict}")
+    fig.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=8)
     return fig

@@ -114,7 +114,7 @@ class AlertLoop(_Parts):
         return changes
 
     def run(self) -> None:
-        "Every `every_s`, until `stop`, by a clock that nobody sets back meanwhile."
+        "Every `every_s`, until `stop`, by a clock that cannot be set back."
         ahead = time.time() - time.monotonic()
         while not self._end.wait(self.every_s):
             self.tick(time.monotonic() + ahead)

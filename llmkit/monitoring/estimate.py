@@ -135,7 +135,7 @@ def reconcile(
     estimator: Estimator,
     windows: Sequence[tuple[Any, ...]],  # (scores, correct) or (scores, correct, features) of labelled answers
 ) -> list[dict[str, Any]]:
-    "A row a window: the estimate and its interval, the truth and its own, and how wrong estimate and 'as before' were."
+    "One row per window: estimate and truth with their intervals, and how wrong the estimate and 'as before' were."
     rows: list[dict[str, Any]] = []
     for score, correct, *features in windows:
         if not len(correct):
@@ -166,7 +166,8 @@ def plot_estimates(rows: Sequence[Mapping[str, Any]], usual: float) -> Any:
     at, lines = [i for i, _ in known], [r for _, r in known]
     figure = Figure(figsize=(6.5, 2.8), layout="constrained")
     axis = figure.subplots()
-    axis.fill_between(at, [r["low"] for r in lines], [r["high"] for r in lines], color="C0", alpha=0.2, lw=0)
+    low, high = ([r[k] for r in lines] for k in ("low", "high"))
+    axis.fill_between(at, low, high, color="C0", alpha=0.2, lw=0, label="its 95 % interval")
     axis.plot(at, [r["estimate"] for r in lines], color="C0", label="estimated, before labels")
     ends = [[r["truth"] - r["truth_low"] for r in lines], [r["truth_high"] - r["truth"] for r in lines]]
     axis.errorbar(at, [r["truth"] for r in lines], ends, fmt="o", color="C1", ms=4, lw=1, label="true, once labelled")

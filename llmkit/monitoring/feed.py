@@ -62,7 +62,7 @@ class Outbox:
         self.push()
 
     def push(self) -> bool:
-        "Write what the pipe takes; whether nothing is left. Nobody at the other end is nothing left."
+        "Write what the pipe takes; whether nothing is left, as when nobody is at the other end any more."
         try:
             while self._held:
                 del self._held[: os.write(self.fd, self._held)]

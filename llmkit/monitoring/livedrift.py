@@ -131,7 +131,7 @@ def _has_endpoint(block: Any) -> bool:
 
 # %% ../../nbs/monitoring/02e_livedrift.ipynb #d0014f7b
 def plain(value: Any) -> Any:
-    "`value` as JSON can have it: dataclasses as dictionaries, arrays as lists, numbers that are none as null."
+    "`value` as JSON can have it: dataclasses as dictionaries, arrays as lists, nan as null."
     if is_dataclass(value) and not isinstance(value, type):
         found = {"verdict": str(value)} | {f: getattr(value, f) for f in value.__dataclass_fields__}
         return plain(found)

@@ -256,7 +256,7 @@ def drift_checks(
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #60cc1dfb
 def drift_table(normal: Mapping[str, DriftReport], drill: Mapping[str, DriftReport], rows: int) -> list[dict[str, Any]]:
-    "A line a report: traffic, verdict, rows, the feature that says most, its effect sizes."
+    "One line per report: traffic, verdict, rows, the feature that says most, its effect sizes."
     lines = []
     for name, r in [*normal.items(), *drill.items()]:
         top = r.effects[0]

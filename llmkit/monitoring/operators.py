@@ -64,7 +64,7 @@ class ModelProfile:
 
 # %% ../../nbs/monitoring/09b_operators.ipynb #b596c279
 def operator_table(made: ModelProfile, most: int = 12) -> list[dict[str, Any]]:
-    "A row an operator, the most expensive first: share of the time, milliseconds and calls a step."
+    "One row per operator, the most expensive first: share of the time, milliseconds and calls a step."
     whole = sum(made.operators.values()) or 1.0
     rows = []
     for name in sorted(made.operators, key=lambda n: -made.operators[n])[:most]:

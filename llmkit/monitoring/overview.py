@@ -25,7 +25,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #96228954
 def quality_table(rows: Rows) -> list[dict[str, Any]]:
-    "A line a measure of quality: value, interval, answers it is over; empty where nobody said anything."
+    "One line per measure of quality: value, interval, answers it is over; empty where nobody said anything."
     if not answered(rows):
         return []
     found, lines = quality(rows), []

@@ -41,7 +41,7 @@ def waterfall(
     percentiles: Sequence[float] = (50, 95, 99),
     fewest: int = 5,  # requests around a percentile
 ) -> list[dict[str, Any]]:
-    "A row a percentile: the seconds of each phase, `latency` (their sum) and how many `requests` they are the mean of."
+    "One row per percentile: mean seconds of each phase, `latency` (their sum) and the number of `requests` behind it."
     if not all(0 <= p <= 100 for p in percentiles):
         raise ConfigError(f"percentiles {list(percentiles)} must lie between 0 and 100", "50, 95, 99, for example")
     good = [r for r in rows if r["status"] < 400 and r.get("source", "") not in ("cache", "shadow")]
@@ -60,7 +60,7 @@ def waterfall(
 
 # %% ../../nbs/monitoring/09_profiler.ipynb #0a63b436
 def plot_waterfall(table: Sequence[Mapping[str, Any]]) -> Any:
-    "A matplotlib figure of `waterfall`: a bar a percentile, phases one after the other, in milliseconds."
+    "A matplotlib figure of `waterfall`: one bar per percentile, phases one after the other, in milliseconds."
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 0.9 + 0.45 * len(table)), layout="constrained")

@@ -150,7 +150,7 @@ class Rate(Expr):
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #e51d917a
 def nameless(labels: Labels) -> Labels:
-    "A result is no longer the metric that it was computed from."
+    "Labels without the metric's name: a result is not the metric that it was computed from."
     return tuple(pair for pair in labels if pair[0] != NAME)
 
 # %% ../../nbs/monitoring/07a_promql.ipynb #1f5468d1

@@ -29,7 +29,7 @@ def reliability(
     correct: Sequence[float] | np.ndarray,  # 1 or 0
     bins: int = 10,
 ) -> list[dict[str, Any]]:
-    "A row a bin: mean confidence, accuracy with its interval, answers, and whether the interval holds the confidence."
+    "One row per bin: mean confidence, accuracy with its interval, answers, and whether the confidence lies within it."
     c, y = checked(confidence, correct)
     rows = []
     for b in bins_of(c, bins):
@@ -101,7 +101,7 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
     figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axis = figure.subplots()
-    axis.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1)
+    axis.plot([0, 1], [0, 1], color="0.6", ls="--", lw=1, label="calibrated")
     for name, rows in tables.items():
         x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
         ends = [[r["accuracy"] - r["low"] for r in rows], [r["high"] - r["accuracy"] for r in rows]]

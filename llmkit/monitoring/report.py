@@ -130,7 +130,7 @@ def verdict(stages: Stages) -> tuple[bool, list[str]]:
 
 # %% ../../nbs/monitoring/10_report.ipynb #5eb5a121
 def bars_html(stages: Sequence[tuple[str, Mapping[str, Any] | None]]) -> str:
-    "A bar a stage: its wall time, with a mark at its budget."
+    "One bar per stage: its wall time, with a mark at its budget."
     times = [((r or {}).get("seconds", 0.0), (r or {}).get("budget_s", 0.0)) for _, r in stages]
     most = max([1e-9] + [max(t) for t in times])
     rows = ""
@@ -156,7 +156,7 @@ def links_html(result: Mapping[str, Any], base: Path) -> str:
 
 # %% ../../nbs/monitoring/10_report.ipynb #c863d3e0
 def tiles_html(metrics: Mapping[str, float]) -> str:
-    "A tile a metric; `NAME_low` and `NAME_high` are shown behind `NAME`."
+    "One tile per metric; `NAME_low` and `NAME_high` are shown behind `NAME`."
     ends = {
         f"{n}_{end}" for n in metrics for end in ("low", "high") if f"{n}_low" in metrics and f"{n}_high" in metrics
     }
