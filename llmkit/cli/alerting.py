@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ Rules = Annotated[str, typer.Option(help="Alert rules, a YAML file; those that s
 Who = Annotated[str, typer.Option(help="Who is told, a YAML file of webhooks, mails and habits.")]
 
 # %% auto #0
-__all__ = ['Url', 'Rules', 'Who', 'routes_of', 'check_secrets', 'Telling', 'run', 'watch']
+__all__ = ['Url', 'Rules', 'Who', 'routes_of', 'check_secrets', 'Telling', 'watch', 'drawing', 'run']
 
 # %% ../../nbs/cli/13d_alerting.ipynb #9fa4bc49
 def routes_of(path: str) -> Any:
@@ -52,8 +53,12 @@ def check_secrets(routes: Any) -> None:
 class Telling:
     "Prints every change of an alert once, and whether the server answers."
 
-    def __init__(self, loop: Any) -> None:
-        self.loop, self.known, self.up = loop, dict[str, tuple[str, str]](), True
+    def __init__(
+        self,
+        loop: Any,  # an AlertLoop
+        more: Callable[[Any], list[str]] = lambda alert: [],  # further lines about an alert that has changed
+    ) -> None:
+        self.loop, self.known, self.up, self.more = loop, dict[str, tuple[str, str]](), True, more
 
     def __call__(self) -> None:
         "Print what is new."
@@ -66,6 +71,8 @@ class Telling:
             said = " · ".join(t for t in (alert.annotations.get("summary", alert.name), whose(alert.labels)) if t)
             if self.known.get(key, ("", ""))[0] != alert.state:
                 self.say(alert.state, said)
+                for line in self.more(alert):
+                    self.say("", line)
             self.known[key] = alert.state, alert.name
         for key in [k for k, (state, _) in self.known.items() if state == "pending" and k not in states]:
             self.say("over", f"{self.known.pop(key)[1]}: it did not last")
@@ -74,6 +81,21 @@ class Telling:
         "A line."
         print(f"{time.strftime('%H:%M:%S')}  {state:8}  {text}", flush=True)
 
+# %% ../../nbs/cli/13d_alerting.ipynb #06e555c4
+def watch(tell: Telling, pause: float, once: bool) -> None:
+    "Print what is new, until somebody stops it."
+    tell()
+    while not once:
+        time.sleep(pause)
+        tell()
+
+
+def drawing(log: str, model: str, folder: str) -> Callable[[Any], list[str]]:
+    "What draws a report when drift is alarmed."
+    from llmkit.cli.drawing import Drawing
+
+    return Drawing(log, model, folder)
+
 # %% ../../nbs/cli/13d_alerting.ipynb #2998e07d
 def run(
     url: Url = "http://127.0.0.1:8000",
@@ -81,6 +103,9 @@ def run(
     routes: Who = "",
     folder: Annotated[str, typer.Option(help="Folder of the outbox: what was not sent yet.")] = "runs/alerts",
     every: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks.")] = 15.0,
+    reports: Annotated[str, typer.Option(help="Folder for Evidently's reports, drawn when drift is alarmed.")] = "",
+    log: Annotated[str, typer.Option(help="For --reports: the server's request log.")] = "",
+    model: Annotated[str, typer.Option(help="For --reports: the folder of the model that serves.")] = "",
     once: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     "Judge the alert rules against a running server and tell who is to know, until Ctrl-C."
@@ -93,6 +118,7 @@ def run(
     target, told = Target(f"{Places(url).base}/metrics"), routes_of(routes) if routes else Routes()
     judged = read_rules(Path(rules)) if rules else default_rules()
     check_secrets(told)
+    more = [drawing(log, model, reports)] if reports else []
     loop = AlertLoop(judged, [target], told, folder, every)
     with ExitStack() as held:
         try:
@@ -101,20 +127,11 @@ def run(
             raise ConfigError(e.message, "one watcher is enough; or give another --folder") from e
         channels = ", ".join([*told.webhooks, *told.mails]) or "this window only"
         print(f"{len(judged)} rules over {target.url}, every {every:g} s; tells {channels}; Ctrl-C ends it", flush=True)
-        tell = Telling(loop)
         loop.tick(time.time())  # what is wrong now is said now
         start(loop)
         try:
-            watch(tell, min(every, 2.0), once)
+            watch(Telling(loop, *more), min(every, 2.0), once)
         finally:
             waiting = loop.outbox.counts()["waiting"]
             stop(loop)
             print(f"{waiting} messages wait in {folder} for the next run" if waiting else "all was told", flush=True)
-
-
-def watch(tell: Telling, pause: float, once: bool) -> None:
-    "Print what is new, until somebody stops it."
-    tell()
-    while not once:
-        time.sleep(pause)
-        tell()
