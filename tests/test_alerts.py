@@ -23,16 +23,21 @@ from typing import BinaryIO, ClassVar
 import pytest
 import yaml
 from azure_plane.identity import make_certificate, tls
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from llmkit.monitoring.alertloop import AlertLoop, Own, report, start, stop
 from llmkit.monitoring.alerts import AlertRule, default_rules, read_rules
 from llmkit.monitoring.channels import payload
 from llmkit.monitoring.declarations import declarations
 from llmkit.monitoring.evaluator import AlertState, Evaluator, alert_labels
+from llmkit.monitoring.logfile import RequestRow
 from llmkit.monitoring.promql import Divide, Expr, Increase, Moment, OrZero, Over, Quantile, Rate, Series, Vector
 from llmkit.monitoring.routes import Routes, alertmanager
 from llmkit.monitoring.rulefiles import as_yaml, prometheus_rules, prometheus_tests
 from llmkit.monitoring.series import Labels, Matcher, Store, Target, labels_of
+from llmkit.monitoring.traces import make_span
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_S = 15
@@ -296,6 +301,21 @@ def test_the_template_for_azure_uses_what_it_declares() -> None:
     from bicep import problems
 
     assert problems(ROOT / "azure" / "monitoring") == []
+
+
+def test_what_the_queries_for_azure_read_is_what_its_exporter_sends() -> None:
+    """ResultCode, DurationMs and the model in Properties, of a request that went well and of one that did not."""
+    made = pytest.importorskip("azure.monitor.opentelemetry.exporter.export.trace._exporter")
+    memory, traces = InMemorySpanExporter(), TracerProvider()
+    traces.add_span_processor(SimpleSpanProcessor(memory))
+    for status in (200, 503):
+        row = RequestRow("a", 1e9, "llmkit", "v1", "/v1/chat/completions", status, 3, 4, 0.0, 0.1, 0.75, "stop")
+        make_span(traces.get_tracer("llmkit"), row)
+    found = [made._convert_span_to_envelope(span) for span in memory.get_finished_spans()]
+    assert [e.data.base_type for e in found] == ["RequestData"] * 2  # the table AppRequests
+    assert [e.data.base_data.response_code for e in found] == ["200", "503"]
+    assert {e.data.base_data.properties["gen_ai.response.model"] for e in found} == {"v1"}
+    assert {e.data.base_data.duration for e in found} == {"0.00:00:00.750"}
 
 
 # Receivers that hang, fail and come back
