@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from email import message_from_bytes, policy
@@ -21,15 +22,22 @@ from typing import BinaryIO, ClassVar
 
 import pytest
 import yaml
+from azure_plane.identity import make_certificate, tls
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from llmkit.monitoring.alertloop import AlertLoop, Own, report, start, stop
 from llmkit.monitoring.alerts import AlertRule, default_rules, read_rules
+from llmkit.monitoring.channels import payload
 from llmkit.monitoring.declarations import declarations
-from llmkit.monitoring.evaluator import Evaluator, alert_labels
+from llmkit.monitoring.evaluator import AlertState, Evaluator, alert_labels
+from llmkit.monitoring.logfile import RequestRow
 from llmkit.monitoring.promql import Divide, Expr, Increase, Moment, OrZero, Over, Quantile, Rate, Series, Vector
 from llmkit.monitoring.routes import Routes, alertmanager
 from llmkit.monitoring.rulefiles import as_yaml, prometheus_rules, prometheus_tests
 from llmkit.monitoring.series import Labels, Matcher, Store, Target, labels_of
+from llmkit.monitoring.traces import make_span
 
 ROOT = Path(__file__).resolve().parents[1]
 STEP_S = 15
@@ -295,6 +303,21 @@ def test_the_template_for_azure_uses_what_it_declares() -> None:
     assert problems(ROOT / "azure" / "monitoring") == []
 
 
+def test_what_the_queries_for_azure_read_is_what_its_exporter_sends() -> None:
+    """ResultCode, DurationMs and the model in Properties, of a request that went well and of one that did not."""
+    made = pytest.importorskip("azure.monitor.opentelemetry.exporter.export.trace._exporter")
+    memory, traces = InMemorySpanExporter(), TracerProvider()
+    traces.add_span_processor(SimpleSpanProcessor(memory))
+    for status in (200, 503):
+        row = RequestRow("a", 1e9, "llmkit", "v1", "/v1/chat/completions", status, 3, 4, 0.0, 0.1, 0.75, "stop")
+        make_span(traces.get_tracer("llmkit"), row)
+    found = [made._convert_span_to_envelope(span) for span in memory.get_finished_spans()]
+    assert [e.data.base_type for e in found] == ["RequestData"] * 2  # the table AppRequests
+    assert [e.data.base_data.response_code for e in found] == ["200", "503"]
+    assert {e.data.base_data.properties["gen_ai.response.model"] for e in found} == {"v1"}
+    assert {e.data.base_data.duration for e in found} == {"0.00:00:00.750"}
+
+
 # Receivers that hang, fail and come back
 
 
@@ -439,6 +462,86 @@ class MailServer:
                 lines = list(iter(talk.readline, b".\r\n"))
                 self.mails.append(b"".join(lines))
             say("250 fine" if word != b"QUIT" else "221 bye")
+
+
+class Secure(MailServer):
+    """One that wants STARTTLS and a password before it takes a mail; who says more in the clear is cut off."""
+
+    def __init__(self, certificate: tuple[Path, Path], password: str) -> None:
+        self.context, self.password, self.clear = tls(*certificate), password, list[bytes]()
+
+    def serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                line, _ = self.socket.accept()
+                with line, suppress(OSError):
+                    self.open(line)
+
+    def open(self, line: socket.socket) -> None:
+        """The talk in the clear, up to STARTTLS, and the rest."""
+        line.sendall(b"220 here\r\n")
+        with line.makefile("rb") as said:
+            while word := said.readline().strip():
+                self.clear.append(word)
+                if word.upper() == b"STARTTLS":
+                    line.sendall(b"220 go on\r\n")
+                    break
+                line.sendall(b"250-here\r\n250 STARTTLS\r\n" if word.upper().startswith(b"EHLO") else b"530 no\r\n")
+            else:
+                return
+        with self.context.wrap_socket(line, server_side=True) as safe, safe.makefile("rwb") as talk:
+            self.talk(talk)
+
+    def talk(self, talk: BinaryIO) -> None:
+        def say(text: str) -> None:
+            talk.write(text.encode() + b"\r\n")
+            talk.flush()
+
+        known = False
+        while word := talk.readline().strip():
+            verb = word.upper().split()[0]
+            if verb == b"EHLO":
+                say("250-here\r\n250 AUTH PLAIN")
+            elif verb == b"AUTH":
+                known = b64decode(word.split()[-1]).split(b"\0")[-1].decode() == self.password
+                say("235 welcome" if known else "535 no")
+            elif verb == b"DATA" and known:
+                say("354 go on")
+                self.mails.append(b"".join(iter(talk.readline, b".\r\n")))
+                say("250 fine")
+            else:
+                say("221 bye" if verb == b"QUIT" else "250 fine" if known else "530 who are you?")
+
+
+def test_a_mail_goes_out_encrypted_and_only_to_a_server_with_a_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate = make_certificate(tmp_path)
+    (tmp_path / "password").write_text("hunter2\n")
+    with Secure(certificate, "hunter2") as server:
+        to = {"to": ["ops@example.com"], "sender": "llmkit@example.com", "host": "127.0.0.1", "port": server.port}
+        to |= {"user": "llmkit", "password": f"file:{tmp_path}/password"}
+        routes = Routes.from_dict({"mails": {"ops": to}})
+        loop = AlertLoop(default_rules(), [], routes, tmp_path)
+        alert = AlertState("hot", {"alertname": "hot", "severity": "info"}, {}, 90.0, "firing", 0.0, 0.0)
+        loop.outbox.put([("ops", "g", payload("ops", {"alertname": "hot"}, [alert], "g"))], {}, 0)
+        assert loop.couriers[0].carry(1) and server.mails == []  # nobody has signed the certificate
+        assert "CERTIFICATE_VERIFY_FAILED" in loop.couriers[0].last_error
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+        (tmp_path / "password").write_text("wrong")
+        assert loop.couriers[0].carry(400) and server.mails == []
+        assert "535" in loop.couriers[0].last_error
+        (tmp_path / "password").write_text("hunter2\n")
+        stop(loop)
+        loop = AlertLoop(default_rules(), [], routes, tmp_path)  # a restart: it is still there, and tried again
+        assert loop.outbox.due("ops", 400.5) is None  # not at once: how long to wait is on the disk as well
+        assert loop.couriers[0].carry(900) and loop.outbox.counts()["waiting"] == 0
+        shown = caplog.text + json.dumps(report(loop))
+        stop(loop)
+    head = message_from_bytes(server.mails[0], policy=policy.default)
+    assert head["Subject"] == "[FIRING:1] hot (info)" and head["Date"].datetime.year > 2000
+    assert {w.upper().split()[0] for w in server.clear} == {b"EHLO", b"STARTTLS"}  # nothing else in the clear
+    assert "hunter2" not in shown and "wrong" not in shown
 
 
 def until(holds: Callable[[], object]) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEED', 'SECONDS', 'SHAPE', 'Severity', 'RESERVED', 'WATCH', 'NOTES', 'duration', 'as_duration', 'Threshold',
-           'threshold', 'reachable', 'AlertRule', 'rules_of', 'read_rules', 'default_rules']
+           'threshold', 'reachable', 'AlertRule', 'check_texts', 'rules_of', 'read_rules', 'default_rules']
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #4d784b62
 SEED = """
@@ -148,19 +148,7 @@ class AlertRule(Config):
             self.fail("window", "must be at least 1m: rates need several scrapes")
         if self.window_s > 7200:
             self.fail("window", "must be at most 2h")
-        self.check_texts()
-
-    def check_texts(self) -> None:
-        "Refuse what Prometheus would not take, or would show otherwise than we do."
-        taken = (*RESERVED, *self.condition.signal.by)
-        for key, value in self.labels.items():
-            if not re.fullmatch(r"(?!__)[A-Za-z_]\w*", key, re.ASCII) or key in taken:
-                self.fail("labels", f"cannot hold {key!r}: a name as in Prometheus, none of {', '.join(taken)}")
-            if not isinstance(value, str) or not value or "{{" in value:
-                self.fail("labels", f"cannot hold {key}={value!r}: a text that is not empty, without {{{{")
-        for name in ("note", "runbook"):
-            if "{{" in getattr(self, name):
-                self.fail(name, "is shown as it stands, so it cannot hold {{ as a template of Prometheus does")
+        check_texts(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -175,6 +163,19 @@ class AlertRule(Config):
         "What `from_dict` reads, without what is as it always is."
         found = {("for" if k == "for_" else k): v for k, v in super().to_dict().items()}
         return {k: v for k, v in found.items() if v not in ("", {})}
+
+# %% ../../nbs/monitoring/07c_alerts.ipynb #fc1d7911
+def check_texts(rule: AlertRule) -> None:
+    "Refuse what Prometheus would not take, or would show otherwise than we do."
+    taken = (*RESERVED, *rule.condition.signal.by)
+    for key, value in rule.labels.items():
+        if not re.fullmatch(r"(?!__)[A-Za-z_]\w*", key, re.ASCII) or key in taken:
+            rule.fail("labels", f"cannot hold {key!r}: a name as in Prometheus, none of {', '.join(taken)}")
+        if not isinstance(value, str) or not value or "{{" in value:
+            rule.fail("labels", f"cannot hold {key}={value!r}: a text that is not empty, without {{{{")
+    for name in ("note", "runbook"):
+        if "{{" in getattr(rule, name):
+            rule.fail(name, "is shown as it stands, so it cannot hold {{ as a template of Prometheus does")
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #489edb02
 def rules_of(

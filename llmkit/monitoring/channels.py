@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.message import EmailMessage
+from email.utils import localtime, make_msgid
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -139,6 +140,7 @@ def as_mail(mail: Mail, body: Mapping[str, Any]) -> EmailMessage:
 def send_mail(mail: Mail, body: Mapping[str, Any]) -> None:
     "Hand a mail to the server; `Refused` if it will never take it, `ServiceError` if it may later."
     message, password = as_mail(mail, body), secret(mail.password)
+    message["Date"], message["Message-ID"] = localtime(), make_msgid(domain=mail.sender.rpartition("@")[2])
     smtp = smtplib.SMTP(timeout=mail.timeout_s)
     with within(mail.timeout_s, smtp, f"mail server {mail.host}"):
         try:

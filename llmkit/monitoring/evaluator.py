@@ -121,7 +121,7 @@ def resume(evaluator: _Alerts, now: float) -> None:
             del evaluator.active[key]
             evaluator.restored.discard(key)
         elif alert.state == "pending":
-            alert.since += max(0.0, gap)
+            alert.since += gap  # below 0 if the clock was set back meanwhile
 
 # %% ../../nbs/monitoring/07d_evaluator.ipynb #098526f5
 class Evaluator(_Alerts):

@@ -34,9 +34,10 @@ def ready(group: Group, firing: set[str], gone: set[str], habit: Habit, now: flo
     "Whether it is time to say something."
     if group.last is None:
         return bool(firing) and now - group.first >= duration(habit.wait)
+    silent = abs(now - group.last)  # a last time that is yet to come is of a clock that ran ahead
     if firing - group.told.keys() or gone:
-        return now - group.last >= duration(habit.interval)
-    return bool(firing) and now - group.last >= duration(habit.repeat)
+        return silent >= duration(habit.interval)
+    return bool(firing) and silent >= duration(habit.repeat)
 
 # %% ../../nbs/monitoring/07j_notifier.ipynb #15277ac2
 Told = list[tuple[str, str, Mapping[str, Any]]]  # receiver, group, body

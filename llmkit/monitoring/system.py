@@ -82,8 +82,10 @@ def cpu_quota(folders: list[Path]) -> tuple[float, Path] | None:
 # %% ../../nbs/monitoring/06_system.ipynb #c8371307
 def cpu_seconds(folder: Path) -> float | None:
     "CPU seconds that a control group has used; None if its files do not say."
-    if (used := read_number(folder / "cpuacct.usage")) is not None:
-        return used / 1e9
+    apart = Path(*("cpuacct" if part == "cpu" else part for part in folder.parts))  # its own tree in some versions 1
+    for place in (folder, apart):
+        if (used := read_number(place / "cpuacct.usage")) is not None:
+            return used / 1e9
     try:
         stat = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
         return int(stat["usage_usec"]) / 1e6

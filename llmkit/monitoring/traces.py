@@ -46,6 +46,7 @@ def attributes(row: RequestRow) -> dict[str, Any]:
 def span_attributes(row: RequestRow) -> dict[str, Any]:
     "The attributes of a request's span."
     found = attributes(row) | {"gen_ai.response.id": row.id, "http.response.status_code": row.status}
+    found["http.request.method"] = "POST"  # without it Application Insights takes no status: every ResultCode is 0
     found |= {"gen_ai.usage.input_tokens": row.prompt_tokens, "gen_ai.usage.output_tokens": row.completion_tokens}
     found |= {"gen_ai.response.finish_reasons": [row.finish]} if row.finish else {}
     return found | ({"llmkit.source": row.source} if row.source else {})
