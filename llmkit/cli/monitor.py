@@ -84,16 +84,15 @@ def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 
     "Drift of a log's rows against a model's profile, in order of arrival: a table, and the detectors."
     from llmkit.core.card import ModelCard
     from llmkit.monitoring.drift import DriftDetector
-    from llmkit.monitoring.monitor import live_rows
+    from llmkit.monitoring.monitor import kinds_of, live_rows
 
     card = ModelCard.load(model)
     if not card.profile:
         raise DataError(f"the model in {model} carries no profile", "run register_model on it")
     live, lines, detectors = live_rows(rows), [], {}
-    for kind in ("prompts", "predictions") if live else ():
-        if not card.profile.get(kind):
-            continue
-        detectors[kind] = DriftDetector(card.profile[kind], run_length, model=card.revision)
+    kinds = kinds_of(card.profile) if live else []
+    for kind in kinds:
+        detectors[kind] = DriftDetector(card.profile[kind], run_length * len(kinds), model=card.revision)
         r = detectors[kind].detect(live)
         line: dict[str, Any] = {
             "of": kind,

@@ -116,8 +116,12 @@ class Estimator(Labelled):
         if features is not None:
             fits, size, trusted = self.reweighted(np.asarray(features, float)[good])
         p = np.array([f.predict(x) for f in fits])
-        luck = np.random.default_rng(self.seed).normal(0, np.sqrt((p[0] * (1 - p[0])).sum()) / len(x), (40, len(fits)))
-        low, high = np.quantile(p.mean(1) + luck, (0.025, 0.975))
+        means = p.mean(1)
+        means = np.concatenate(
+            [means, 2 * means[0] - means]
+        )  # and as far to the other side: where refits are bent, so is the fit
+        luck = np.random.default_rng(self.seed).normal(0, np.sqrt((p[0] * (1 - p[0])).sum()) / len(x), (40, len(means)))
+        low, high = np.quantile(means + luck, (0.025, 0.975))
         method = "calibrated" if fits is self.fits else "weighted"
         return Estimate(float(p[0].mean()), max(0.0, float(low)), min(1.0, float(high)), len(x), size, method, trusted)
 

@@ -89,6 +89,8 @@ class LogWriter(LogFile):
             new = write_batch(con, items) if items else 0
         except (sqlite3.Error, DataError, OSError) as e:
             return self._lose(len(items), e)
+        except (ValueError, OverflowError) as e:  # what no file can hold, as half a surrogate pair; the others it can
+            return all([self.write([i]) for i in items]) if len(items) > 1 else self._lose(1, e)
         self.counts.written += new
         self.counts.duplicates += rows - new
         self.counts.labels += len(items) - rows
