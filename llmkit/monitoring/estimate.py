@@ -117,11 +117,10 @@ class Estimator(Labelled):
             fits, size, trusted = self.reweighted(np.asarray(features, float)[good])
         p = np.array([f.predict(x) for f in fits])
         means = p.mean(1)
-        means = np.concatenate(
-            [means, 2 * means[0] - means]
-        )  # and as far to the other side: where refits are bent, so is the fit
-        luck = np.random.default_rng(self.seed).normal(0, np.sqrt((p[0] * (1 - p[0])).sum()) / len(x), (40, len(means)))
-        low, high = np.quantile(means + luck, (0.025, 0.975))
+        luck = np.random.default_rng(self.seed).normal(0, np.sqrt((p[0] * (1 - p[0])).sum()) / len(x), (40, len(fits)))
+        both = (means, 2 * means[0] - means)  # as a refit is bent against the fit, the fit may be against the truth
+        low, high = np.quantile([m + luck for m in both], (0.025, 0.975), axis=(1, 2))
+        low, high = low.min(), high.max()
         method = "calibrated" if fits is self.fits else "weighted"
         return Estimate(float(p[0].mean()), max(0.0, float(low)), min(1.0, float(high)), len(x), size, method, trusted)
 
