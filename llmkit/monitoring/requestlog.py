@@ -24,6 +24,9 @@ from .logfile import COLUMNS, Label, RequestRow, open_log, write_batch
 from .retention import Keep, make_room
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #7c59bdf1
+QUIET_S = 10.0  # between two complaints about the disk
+
+
 class Counts:
     "What became of items: rows `written`, `labels`, `duplicates`, `dropped` (no room), `lost` (disk), `removed` (old)."
 
@@ -70,9 +73,6 @@ class LogFile:
             con.close()
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #4a8e4b43
-QUIET_S = 10.0  # between two complaints about the disk
-
-
 class LogWriter(LogFile):
     "Writes batches to the log at `path` and keeps it within bounds; never raises for a disk."
 
