@@ -90,11 +90,12 @@ def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 
     if not card.profile:
         raise DataError(f"the model in {model} carries no profile", "run register_model on it")
     live, lines, detectors, texts = live_rows(rows), [], {}, []
-    for kind in kinds_of(card.profile):
+    kinds = kinds_of(card.profile)
+    for kind in kinds:
         if not live:
             lines.append({"of": kind, "verdict": f"none of {len(rows)} requests is an answered completion"})
             continue
-        detectors[kind] = DriftDetector(card.profile[kind], run_length, model=card.revision)
+        detectors[kind] = DriftDetector(card.profile[kind], run_length * len(kinds), model=card.revision)
         found = detectors[kind].detect(live)
         lines.append(drift_line(found, live))
         sides = found.examples.items()

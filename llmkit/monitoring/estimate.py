@@ -116,8 +116,11 @@ class Estimator(Labelled):
         if features is not None:
             fits, size, trusted = self.reweighted(np.asarray(features, float)[good])
         p = np.array([f.predict(x) for f in fits])
+        means = p.mean(1)
         luck = np.random.default_rng(self.seed).normal(0, np.sqrt((p[0] * (1 - p[0])).sum()) / len(x), (40, len(fits)))
-        low, high = np.quantile(p.mean(1) + luck, (0.025, 0.975))
+        both = (means, 2 * means[0] - means)  # as a refit is bent against the fit, the fit may be against the truth
+        low, high = np.quantile([m + luck for m in both], (0.025, 0.975), axis=(1, 2))
+        low, high = low.min(), high.max()
         method = "calibrated" if fits is self.fits else "weighted"
         return Estimate(float(p[0].mean()), max(0.0, float(low)), min(1.0, float(high)), len(x), size, method, trusted)
 

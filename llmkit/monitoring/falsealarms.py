@@ -96,7 +96,7 @@ def false_alarms(rule: AlertRule, day: GoodDay, months: int = 20, seed: int = 0)
     signal, t = rule.condition.signal, rule.condition
     if signal.name == "drift_alarms":
         n = MONTH_S * day.requests_per_s / day.run_length
-        return FalseAlarms(rule.name, n, n, f"one in {day.run_length:g} rows at most, for each detector")
+        return FalseAlarms(rule.name, n, n, f"one in {day.run_length:g} rows at most, of prompts and answers together")
     if signal.name == "drift_score":
         why = "a bound of 95 % at each look; for a known rate write a rule on drift_alarms"
         return FalseAlarms(rule.name, None, None, why)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDPOINT', 'KINDS', 'SAVE_S', 'GONE', 'Fresh', 'Detector', 'new_detector', 'Watched', 'plain', 'load_state',
-           'save_state', 'Watchlist', 'Looking', 'LiveDrift']
+           'save_state', 'Watchlist', 'Keeping', 'Looking', 'LiveDrift']
 
 # %% ../../nbs/monitoring/02e_livedrift.ipynb #c8f5f309
 import json
@@ -201,6 +201,14 @@ class Watchlist(Sink):
             self.unwatched[revision] = str(e)
             logging.getLogger(__name__).warning("drift of %s is not watched: %s", revision, e)
 
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #f9749da4
+SAVE_S = 30.0
+GONE = 8  # states of revisions that are not served now
+
+
+class Keeping(Watchlist):
+    "Keeps the state of detectors."
+
     def forget(self, revision: str) -> None:
         "Watch a revision no longer; its state is kept, if it comes again soon."
         if watched := self.watched.pop(revision, None):
@@ -208,12 +216,21 @@ class Watchlist(Sink):
             self.saved[revision] = watched.state()
         self.unwatched.pop(revision, None)
 
-# %% ../../nbs/monitoring/02e_livedrift.ipynb #f9749da4
-SAVE_S = 30.0
-GONE = 8  # states of revisions that are not served now
+    def alarms(self) -> int:
+        "All alarms so far: a state that knew less of them than was told would let the next worker tell them again."
+        return sum(d.alarms for w in self.watched.values() for d in w.detectors.values())
 
+    def save(self) -> None:
+        "Write the state of all detectors; a disk that does not take it is said in the program's log."
+        self.written, self.kept = time.monotonic(), self.alarms()
+        self.saved |= {name: w.state() for name, w in self.watched.items()}
+        for name in [n for n in self.saved if n not in self.watched][:-GONE]:
+            del self.saved[name]
+        if self.file is not None and self.watched:
+            save_state(self.file, self.saved)
 
-class Looking(Watchlist):
+# %% ../../nbs/monitoring/02e_livedrift.ipynb #c29847cf
+class Looking(Keeping):
     "Lets detectors see rows, and shows what they found."
 
     def take(self, rows: Sequence[RequestRow]) -> None:
@@ -235,22 +252,9 @@ class Looking(Watchlist):
                 found.append(Reading("drift_score", float(d.score_low), at))
                 found.append(Reading("drift_evidence_log10", float(d.evidence), at))
                 found.append(Reading("drift_alarms_total", float(d.alarms), at))
-        if time.monotonic() - self.written >= SAVE_S or self.alarms() - self.kept > self.kept // 10:
+        if time.monotonic() - self.written >= SAVE_S or abs(self.alarms() - self.kept) > self.kept // 10:
             self.save()
         return found
-
-    def alarms(self) -> int:
-        "All alarms so far: a state that knew less of them than was told would let the next worker tell them again."
-        return sum(d.alarms for w in self.watched.values() for d in w.detectors.values())
-
-    def save(self) -> None:
-        "Write the state of all detectors; a disk that does not take it is said in the program's log."
-        self.written, self.kept = time.monotonic(), self.alarms()
-        self.saved |= {name: w.state() for name, w in self.watched.items()}
-        for name in [n for n in self.saved if n not in self.watched][:-GONE]:
-            del self.saved[name]
-        if self.file is not None and self.watched:
-            save_state(self.file, self.saved)
 
 # %% ../../nbs/monitoring/02e_livedrift.ipynb #4ce52dc5
 class LiveDrift(Looking):

@@ -231,7 +231,9 @@ def watch(
     if cfg.shuffle:
         live = [live[i] for i in np.random.default_rng(cfg.seed).permutation(len(live))]
     model = ModelCard.load(cfg.model).revision if cfg.model else ""  # a profile of another one is an error
-    made = {k: DriftDetector(profile[k], cfg.run_length, seed=cfg.seed, model=model) for k in kinds_of(profile)}
+    kinds = kinds_of(profile)
+    together = cfg.run_length * len(kinds)  # each of them may ring that much more seldom
+    made = {k: DriftDetector(profile[k], together, seed=cfg.seed, model=model) for k in kinds}
     normal = {k: detector.detect(live) for k, detector in made.items()}
     prompts = [r["prompt"] for r in live]
     drill = {}
@@ -246,9 +248,10 @@ def drift_checks(
     cfg: MonitorJob, normal: Mapping[str, DriftReport], drill: Mapping[str, DriftReport], rows: int
 ) -> list[Check]:
     "The gate: quiet on the log, alarm in the drill within `cfg.most_rows` rows of the change."
-    limit = math.log10(cfg.run_length)
     quiet = {} if cfg.retrain else normal  # where drift is answered by training, it is no reason to fail
-    checks = [Check(f"drift evidence, {k}", max(r.path), "<", limit, "log10") for k, r in quiet.items()]
+    checks = [
+        Check(f"drift evidence, {k}", max(r.path), "<", math.log10(r.run_length), "log10") for k, r in quiet.items()
+    ]
     for kind, r in drill.items():
         delay = math.inf if r.row is None else float(r.row - rows)
         checks.append(Check(f"rows until {kind} is noticed", delay, "<=", cfg.most_rows, "rows"))
@@ -278,8 +281,9 @@ def drift_slices(
     if len({by(row) for row in live}) < 2:
         return []
     lines = []
-    for kind in kinds_of(profile):
-        detector = SlicedDetector(profile[kind], by, cfg.run_length, minimum, seed=cfg.seed)
+    kinds = kinds_of(profile)
+    for kind in kinds:
+        detector = SlicedDetector(profile[kind], by, cfg.run_length * len(kinds), minimum, seed=cfg.seed)
         detector.update_many(live)
         lines += [{"of": kind, **line} for line in detector.table()[1:]]  # the first is the whole
     return lines

@@ -25,6 +25,9 @@ from .logfile import COLUMNS, FullDisk, Label, RequestRow, open_log, write_batch
 from .retention import Keep, make_room
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #7c59bdf1
+QUIET_S = 10.0  # between two complaints about the disk
+
+
 class Counts:
     "What became of items: rows `written`, `labels`, `duplicates`, `dropped` (no room), `lost` (disk), `removed` (old)."
 
@@ -76,9 +79,6 @@ class LogFile:
             con.close()
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #4a8e4b43
-QUIET_S = 10.0  # between two complaints about the disk
-
-
 class LogWriter(LogFile):
     "Writes batches to the log at `path` and keeps it within bounds; never raises for a disk."
 
@@ -95,6 +95,8 @@ class LogWriter(LogFile):
             new = write_batch(con, items) if items else 0
         except (sqlite3.Error, DataError, OSError) as e:
             return self._lose(len(items), e)
+        except (ValueError, OverflowError) as e:  # what no file can hold, as half a surrogate pair; the others it can
+            return all([self.write([i]) for i in items]) if len(items) > 1 else self._lose(1, e)
         self.counts.written += new
         self.counts.duplicates += rows - new
         self.counts.labels += len(items) - rows

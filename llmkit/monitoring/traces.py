@@ -37,9 +37,10 @@ def attributes(row: RequestRow) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gen_ai.operation.name": OPERATIONS.get(row.endpoint, row.endpoint.rpartition("/")[2]),
         "gen_ai.provider.name": "llmkit",
-        "gen_ai.request.model": row.alias,
         "gen_ai.response.model": row.revision,
     }
+    if row.status != 404:  # there is no such model: what a client made up is no name of a series
+        found["gen_ai.request.model"] = row.alias
     return found | ({"error.type": str(row.status)} if row.status >= 400 else {})
 
 # %% ../../nbs/monitoring/01a_traces.ipynb #26521c39
@@ -69,7 +70,7 @@ def make_span(tracer: Any, row: RequestRow, run: str = "") -> None:
     from opentelemetry.trace import SpanKind, Status, StatusCode
 
     found, start = span_attributes(row) | ({"llmkit.run_id": run} if run else {}), int(row.time * 1e9)
-    name = f"{found['gen_ai.operation.name']} {row.alias}"
+    name = " ".join(found[n] for n in ("gen_ai.operation.name", "gen_ai.request.model") if n in found)
     span = tracer.start_span(name, kind=SpanKind.SERVER, attributes=found, start_time=start)
     if row.status >= 500:
         span.set_status(Status(StatusCode.ERROR))
