@@ -36,6 +36,9 @@ class Counts:
         return dict(vars(self))
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #b9fb1cc0
+QUIET_S = 10.0  # between two complaints about the disk
+
+
 class LogFile:
     "The open file of a log; found again when it was lost."
 
@@ -72,9 +75,6 @@ class LogFile:
             con.close()
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #4a8e4b43
-QUIET_S = 10.0  # between two complaints about the disk
-
-
 class LogWriter(LogFile):
     "Writes batches to the log at `path` and keeps it within bounds; never raises for a disk."
 
