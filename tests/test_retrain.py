@@ -55,7 +55,7 @@ def test_thumbs_become_a_candidate(tmp_path: Path, llmkit: Callable[..., Done]) 
     card.profile = {"prompts": make_profile(rows, "prompts", model=card.revision)}
     card.save(release.champion)
     gates = Gates(bounds="smoke", windows=16, old_rise=1.0)
-    train = {"steps": 40, "lr": 3e-4, "batch_size": 8, "length": 64}
+    train = {"steps": 28, "lr": 3e-4, "batch_size": 8, "length": 64}
     policy = save_policy(RetrainPolicy.tiny(how="dpo", train=train, gates=gates), tmp_path / "policy.yml")
     about = ["--log", log, "--model", release.champion, "--data", release.prepared.folder]
     about += ["--tracking", release.tracking, "--force", "users say so", "--json"]

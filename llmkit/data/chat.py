@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['IGNORED', 'conversation', 'pair_of', 'encode_chat', 'defuse', 'encode_pairs', 'encode_row']
+__all__ = ['IGNORED', 'conversation', 'pair_of', 'encode_chat', 'defuse', 'encode_pair', 'encode_pairs', 'encode_row']
 
 # %% ../../nbs/data/03_chat.ipynb #8cebbd3e
 IGNORED = -100  # cross entropy's word for "no label"
@@ -54,6 +54,16 @@ def defuse(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str
         out.append(m | {"content": text})
     return out
 
+# %% ../../nbs/data/03_chat.ipynb #9619f31a
+def encode_pair(tokenizer: Any, pair: dict[str, Any]) -> tuple[list[int], list[int]]:
+    "Token ids and labels of a pair; with `last_only`, the labels of the last answer alone."
+    ids, labels = encode_chat(tokenizer, defuse(tokenizer, conversation(pair)))
+    if pair.get("last_only"):
+        end = max(i for i, label in enumerate(labels) if label != IGNORED)
+        begin = max((i for i in range(end) if labels[i] == IGNORED), default=-1) + 1
+        labels = [IGNORED] * begin + labels[begin:]
+    return ids, labels
+
 # %% ../../nbs/data/03_chat.ipynb #83389216
 def encode_pairs(
     tokenizer: Any,
@@ -61,7 +71,7 @@ def encode_pairs(
     max_length: int,  # longer ones are left out, with a warning
 ) -> tuple[list[list[int]], list[list[int]]]:
     "`(input_ids, labels)` of the pairs, unpadded; labels are -100 on all but the assistant's tokens."
-    encoded = [encode_chat(tokenizer, defuse(tokenizer, conversation(p))) for p in pairs]
+    encoded = [encode_pair(tokenizer, p) for p in pairs]
     fitting = [(ids, labels) for ids, labels in encoded if len(ids) <= max_length]
     if pairs and not fitting:
         shortest = min(len(ids) for ids, _ in encoded)

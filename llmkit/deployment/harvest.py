@@ -19,6 +19,7 @@ import numpy as np
 
 from ..core.errors import DataError
 from ..core.run import read_json, write_json
+from ..data.chat import pair_of
 from ..data.prepare import Books, PrepareJob, content_hash, make_profile, write_tokens
 from ..data.prepared import Prepared, part_spans, read_rows, window_starts, write_jsonl
 from ..data.sources import Document
@@ -84,9 +85,9 @@ def split_texts(gathered: Gathered, prepared: Prepared, take: Take, length: int 
 
 # %% ../../nbs/deployment/06a_harvest.ipynb #9af1a2a6
 def as_pair(s: Said) -> dict[str, Any]:
-    "A chat's question and right answer; with all turns where there was more than the question."
-    pair = {"prompt": s.question if s.earlier else s.prompt, "completion": s.label, "source": f"log:{s.id}"}
-    return pair | ({"messages": [*s.turns, {"role": "assistant", "content": s.label}]} if s.earlier else {})
+    "A chat's question and right answer; where more was said before, all of it, to be read and not learned."
+    pair = pair_of([*s.turns, {"role": "assistant", "content": s.label}], f"log:{s.id}")
+    return pair | {"last_only": True} if s.earlier else pair
 
 # %% ../../nbs/deployment/06a_harvest.ipynb #1278e152
 def split_pairs(gathered: Gathered, prepared: Prepared, take: Take) -> dict[str, list[dict[str, Any]]]:

@@ -39,6 +39,9 @@ class Counts:
         return dict(vars(self))
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #b9fb1cc0
+QUIET_S = 10.0  # between two complaints about the disk
+
+
 class LogFile:
     "The open file of a log; found again when it was lost."
 

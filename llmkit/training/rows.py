@@ -12,6 +12,7 @@ import torch
 
 from ..core.errors import DataError
 from ..data.chat import defuse
+from ..data.preferences import as_messages
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -21,8 +22,8 @@ COLUMNS = {
 }
 
 # %% auto #0
-__all__ = ['Row', 'COLUMNS', 'check_rows', 'problem_of', 'judged_rows', 'sums', 'wrong_sums', 'for_trainer', 'encode_prompt',
-           'pad_left', 'encode_prompts']
+__all__ = ['Row', 'COLUMNS', 'check_rows', 'is_talk', 'problem_of', 'judged_rows', 'sums', 'wrong_sums', 'for_trainer',
+           'encode_prompt', 'pad_left', 'encode_prompts']
 
 # %% ../../nbs/training/04d_rows.ipynb #682c7ac4
 def check_rows(rows: list[Row], kind: Literal["prompt", "preference", "judged"]) -> list[Row]:
@@ -36,6 +37,13 @@ def check_rows(rows: list[Row], kind: Literal["prompt", "preference", "judged"])
         raise DataError(f"all {len(rows)} rows have the label {rows[0]['label']}", "give good and bad completions")
     return rows
 
+# %% ../../nbs/training/04d_rows.ipynb #604e9652
+def is_talk(words: Any) -> bool:
+    "Whether that is a conversation in which a user has the last word, as a prompt may be."
+    turns = words if isinstance(words, list) else []
+    whole = all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns)
+    return bool(turns) and whole and turns[-1].get("role") == "user"
+
 # %% ../../nbs/training/04d_rows.ipynb #b594af15
 def problem_of(row: Row, kind: str) -> str:
     "Why a row is of no use; empty if it is."
@@ -45,9 +53,9 @@ def problem_of(row: Row, kind: str) -> str:
         if column == "label":
             if not isinstance(row[column], bool):
                 return f"the label is {row[column]!r}, not true or false"
-        elif not isinstance(row[column], str):
+        elif not isinstance(row[column], str) and not (column == "prompt" and is_talk(row[column])):
             return f"{column!r} is {type(row[column]).__name__}, not text"
-    if not row["prompt"].strip():
+    if not as_messages(row["prompt"], "user")[-1]["content"].strip():
         return "the prompt is empty"
     if kind == "preference" and row["chosen"] == row["rejected"]:
         return f"chosen and rejected are equal for the prompt {row['prompt']!r}"
@@ -78,15 +86,15 @@ def for_trainer(rows: list[Row], chat: bool, tokenizer: Any) -> list[Row]:
     if not chat:
         return rows
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant", "completion": "assistant"}
-    said = lambda k, v: defuse(tokenizer, [{"role": roles[k], "content": v}])  # noqa: E731
+    said = lambda k, v: defuse(tokenizer, as_messages(v, roles[k]))  # noqa: E731
     return [{k: said(k, v) if k in roles else v for k, v in r.items()} for r in rows]
 
 # %% ../../nbs/training/04d_rows.ipynb #a45fd3eb
-def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, str]], chat: bool) -> list[int]:
     "Token ids of a prompt, up to where the answer begins."
     if not chat:
         return tokenizer.encode(prompt)
-    messages = defuse(tokenizer, [{"role": "user", "content": prompt}])
+    messages = defuse(tokenizer, as_messages(prompt, "user"))
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 # %% ../../nbs/training/04d_rows.ipynb #e738cbc5
