@@ -58,10 +58,11 @@ def test_the_dashboard_shows_what_happens(server: ServerProcess, tmp_path: Path)
             for words in (
                 "stable-1",
                 "canary-2",
-                "0.25",
-                "P95",
+                "25 %",
+                "P95 > 1ms",
                 "Time to first token",
-                "throughput",
+                "Cost of a request",
+                "tokens a second",
                 "monday",
                 "planned",
             ):

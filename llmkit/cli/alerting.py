@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +15,14 @@ import typer
 
 from .watcher import Places, whose
 from ..core.errors import ConfigError, RunError
+from ..core.run import locked
 
 Url = Annotated[str, typer.Option(help="Address of a running server.")]
 Rules = Annotated[str, typer.Option(help="Alert rules, a YAML file; those that ship without it.")]
 Who = Annotated[str, typer.Option(help="Who is told, a YAML file of webhooks, mails and habits.")]
 
 # %% auto #0
-__all__ = ['Url', 'Rules', 'Who', 'routes_of', 'check_secrets', 'Telling', 'watch', 'drawing', 'run']
+__all__ = ['Url', 'Rules', 'Who', 'routes_of', 'check_secrets', 'Telling', 'watch', 'drawing', 'alone', 'run']
 
 # %% ../../nbs/cli/13d_alerting.ipynb #9fa4bc49
 def routes_of(path: str) -> Any:
@@ -96,6 +97,17 @@ def drawing(log: str, model: str, folder: str) -> Callable[[Any], list[str]]:
 
     return Drawing(log, model, folder)
 
+# %% ../../nbs/cli/13d_alerting.ipynb #ede5b3d9
+@contextmanager
+def alone(folder: str) -> Iterator[None]:
+    "Hold the folder of an outbox; `ConfigError` if another watcher does."
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except RunError as e:
+            raise ConfigError(e.message, "one watcher is enough; or give another --folder") from e
+        yield
+
 # %% ../../nbs/cli/13d_alerting.ipynb #2998e07d
 def run(
     url: Url = "http://127.0.0.1:8000",
@@ -109,7 +121,6 @@ def run(
     once: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     "Judge the alert rules against a running server and tell who is to know, until Ctrl-C."
-    from llmkit.core.run import locked
     from llmkit.monitoring.alertloop import AlertLoop, start, stop
     from llmkit.monitoring.alerts import default_rules, read_rules
     from llmkit.monitoring.routes import Routes
@@ -120,11 +131,7 @@ def run(
     check_secrets(told)
     more = [drawing(log, model, reports)] if reports else []
     loop = AlertLoop(judged, [target], told, folder, every)
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(folder))
-        except RunError as e:
-            raise ConfigError(e.message, "one watcher is enough; or give another --folder") from e
+    with alone(folder):
         channels = ", ".join([*told.webhooks, *told.mails]) or "this window only"
         print(f"{len(judged)} rules over {target.url}, every {every:g} s; tells {channels}; Ctrl-C ends it", flush=True)
         loop.tick(time.time())  # what is wrong now is said now
@@ -134,4 +141,7 @@ def run(
         finally:
             waiting = loop.outbox.counts()["waiting"]
             stop(loop)
-            print(f"{waiting} messages wait in {folder} for the next run" if waiting else "all was told", flush=True)
+            print(
+                f"{waiting} messages wait in {folder} for the next run" if waiting else "nothing waits to be sent",
+                flush=True,
+            )

@@ -107,7 +107,8 @@ def drift_line(r: Any, live: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     "A report on live rows as a line: the verdict, since when, how far at least, in which columns."
     began = live[r.since - 1]["time"] if r.since else None
     line: dict[str, Any] = {"of": r.kind, "verdict": "drift" if r.alarm else "quiet"}
-    line |= {"since": began and time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)), "since row": r.since}
+    when = None if began is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
+    line |= {"since": when, "since row": r.since}
     line |= {"rows": r.rows, "moved, at least": r.score_low, "mostly in": ", ".join(r.columns[:3]) or None}
     answered = sorted({row["revision"] for row in live})
     return line | {"evidence, log10": max(r.path), "alarm at": math.log10(r.run_length), "by": ", ".join(answered)}
@@ -169,8 +170,8 @@ def look(
     admin_key: Key = "",
     since: Since = "",
     rules: Rules = "",
-    hour: Annotated[float, typer.Option(help="Price of a busy hour of the machine, dollars.")] = 0.0,
-    tokens: Annotated[float, typer.Option(help="Or of 1,000 tokens, dollars.")] = 0.0,
+    hour: Annotated[float, typer.Option("--hour", "--price-hour", help="Dollars of a busy hour of the machine.")] = 0.0,
+    tokens: Annotated[float, typer.Option("--tokens", "--price-tokens", help="Or of 1,000 tokens.")] = 0.0,
     by: Annotated[str, typer.Option(help="Slices: revision, alias, endpoint, user, metadata.NAME, ...")] = "revision",
     revision: Revision = "",
     as_json: Json = False,

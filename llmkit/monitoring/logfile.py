@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'RequestRow', 'Label', 'schema_sql', 'add_columns', 'widen_labels', 'bring_up_to_date',
-           'set_up', 'FullDisk', 'refusal', 'open_log', 'write_batch']
+           'set_up', 'FullDisk', 'refusal', 'open_log', 'whole_characters', 'write_batch']
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #e00d3c11
 import shutil
@@ -164,11 +164,23 @@ _values = attrgetter(*COLUMNS)  # `dataclasses.astuple` copies every value: ten 
 _label = attrgetter(*(f.name for f in fields(Label)))
 _LABEL = "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?)"
 
+# %% ../../nbs/monitoring/02a_logfile.ipynb #04428776
+def whole_characters(row: tuple) -> tuple:
+    "A row whose texts have a question mark in place of each half of a character, which no file can keep."
+    return tuple(v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in row)
+
 # %% ../../nbs/monitoring/02a_logfile.ipynb #8b356628
 def write_batch(con: sqlite3.Connection, items: Sequence[RequestRow | Label]) -> int:
     "Write rows and labels in one transaction; the number of rows whose id was new."
     rows = [_values(i) for i in items if isinstance(i, RequestRow)]
     labels = [_label(i) for i in items if isinstance(i, Label)]
+    try:
+        return _write(con, rows, labels)
+    except UnicodeEncodeError:  # seldom, so it is looked for only then
+        return _write(con, list(map(whole_characters, rows)), list(map(whole_characters, labels)))
+
+
+def _write(con: sqlite3.Connection, rows: list[tuple], labels: list[tuple]) -> int:
     with con:
         before = con.total_changes
         for part in (rows[i : i + _MANY] for i in range(0, len(rows), _MANY)):

@@ -41,10 +41,15 @@ def quality_table(rows: Rows) -> list[dict[str, Any]]:
     return lines
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #791ee08f
-def at_a_glance(rows: Rows) -> dict[str, Any]:
-    "Requests, speed, errors and accuracy of some rows: one line of a table."
+def at_a_glance(rows: Rows, seconds: float) -> dict[str, Any]:
+    "Requests, speed, errors and accuracy of some rows within `seconds`: one line of a table."
     s, good = summarize(rows), answered(rows)
-    line = {"requests": len(rows), "rps": s["rps"], "latency_p95_s": s["latency_p95_s"], "error_rate": s["error_rate"]}
+    line = {
+        "requests": len(rows),
+        "rps": len(rows) / max(seconds, 1e-6),
+        "latency_p95_s": s["latency_p95_s"],
+        "error_rate": s["error_rate"],
+    }
     found = quality(rows) if good else None
     known = found is not None and found.labelled
     return line | {"accuracy": found.accuracy if found and known else None, "labelled": found.labelled if found else 0}
@@ -60,7 +65,8 @@ def window_table(rows: Rows, windows: int = 6) -> list[dict[str, Any]]:
     for r in rows:
         parts[min(windows - 1, int((r["time"] - begin) / width))].append(r)
     none = {"requests": 0, "rps": 0.0, "latency_p95_s": None, "error_rate": None, "accuracy": None, "labelled": 0}
-    return [{"from_s": round(i * width, 1)} | (at_a_glance(p) if p else none) for i, p in enumerate(parts)]
+    each = summarize(rows)["seconds"] / windows if rows else 0.0
+    return [{"from_s": round(i * width, 1)} | (at_a_glance(p, each) if p else none) for i, p in enumerate(parts)]
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #75edbfb4
 SLICES = ("revision", "alias", "endpoint", "user", "session", "finish", "status", "source")
@@ -85,7 +91,8 @@ def slice_table(rows: Rows, key: str, least: int = LEAST) -> list[dict[str, Any]
     for name, r in zip(cut_by(rows, key, least), rows, strict=True):
         groups.setdefault(name, []).append(r)
     order = sorted(groups, key=lambda name: (bool(re.fullmatch(r"\(\d+ smaller ones?\)", name)), -len(groups[name])))
-    return [{key: name} | at_a_glance(groups[name]) for name in order]
+    whole = summarize(rows)["seconds"] if rows else 0.0  # who came once did not come a thousand times a second
+    return [{key: name} | at_a_glance(groups[name], whole) for name in order]
 
 # %% ../../nbs/monitoring/05h_overview.ipynb #5cffed0c
 def metadata_keys(rows: Rows, most: int = 20) -> list[str]:

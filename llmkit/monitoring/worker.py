@@ -59,7 +59,7 @@ def known_of(*values: Any) -> Known:
     answer = b"" if row.completion_tokens and not row.completion else answer_key(row.completion)  # b"": not kept
     return Known(row.revision, answer, confidence_of(row), traits_of(row) if texts else None)
 
-# %% ../../nbs/monitoring/02f_worker.ipynb #236fb403
+# %% ../../nbs/monitoring/02f_worker.ipynb #bc882a05
 class WrittenLog(Sink):
     "Writes rows and labels to the request log."
 
