@@ -57,7 +57,10 @@ def found(
     return hits[0]
 
 # %% ../../nbs/cli/11_rollout.ipynb #27deafde
-def read_plan(path: str) -> Any:
+def read_plan(
+    path: str,
+    aside: bool = False,  # for a shadow, whose stages are shares of the requests that are copied, up to any
+) -> Any:
     "The plan in a YAML or JSON file: a mapping, or just its stages; the default plan without one."
     from llmkit.deployment.plan import Plan
     from llmkit.evaluation.gate import read_plain
@@ -68,6 +71,9 @@ def read_plan(path: str) -> Any:
     values = {"stages": values} if isinstance(values, list) else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no plan", "write stages: [{traffic: 5, duration: 1h}, {traffic: 100}]")
+    last = stages[-1] if isinstance(stages := values.get("stages"), list) and stages else None
+    if aside and isinstance(last, dict) and str(last.get("traffic", 100)).removesuffix("%") != "100":
+        values = {"hold": True} | values
     return Plan.from_dict(values)
 
 # %% ../../nbs/cli/11_rollout.ipynb #ebeb0460
@@ -116,7 +122,7 @@ def start(
     "Begin a rollout and stay with it until it is over; exit 1 if the canary is not promoted; Ctrl-C leaves it."
     setup = {"backend": backend, "place": server, "alias": alias, "log": log, "data": data, "every": every}
     setup |= more_of(more)
-    chosen = read_plan(file)
+    chosen = read_plan(file, strategy == "shadow")
     prepared(canary, stable, setup, chosen, strategy)
     ended(drive(begun(canary, stable, setup, chosen, strategy, standby, wait, why), metrics_port))
 
