@@ -155,7 +155,7 @@ def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strat
         raise ConfigError(f"{canary!r} is to replace itself", "name two revisions")
     ready(about, chosen, canary, stable, strategy)
 
-
+# %% ../../nbs/cli/11_rollout.ipynb #2f8ac61a
 def begun(
     canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str, standby: str, wait: bool, why: str
 ) -> Any:

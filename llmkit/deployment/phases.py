@@ -83,8 +83,7 @@ class Stepping:
     ) -> None:
         self.book, self.backend, self.signals, self.champion = book, backend, signals, champion
         self.tries, self.backoff, self.cap, self.timeout, self.clock = tries, backoff, cap, timeout, clock
-        self.failures = 0  # in a row
-        self.short = False  # whether the stable revision had too few requests to measure anything
+        self.failures, self.short = 0, False  # in a row; whether there was too little of the stable revision to measure
         self.error: Exception | None = None  # the first of them
 
     def go(
