@@ -85,7 +85,7 @@ def open_backend(setup: Setup) -> Iterator[Any]:
 
         if not (key := os.environ.get("LLMKIT_ADMIN_KEY", "")):
             raise ConfigError("the server's admin key is not known", "set LLMKIT_ADMIN_KEY to what `serve` has")
-        with AdminClient(setup.place, key) as admin:
+        with AdminClient(setup.place, key, 15.0) as admin:  # a server that hangs must not keep an abort waiting
             yield RouterBackend(admin, setup.alias)
     else:
         from llmkit.deployment import objects
