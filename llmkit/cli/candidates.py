@@ -9,11 +9,11 @@ import os
 from typing import Any
 
 from ..core.card import ModelCard
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, LLMKitError
 from ..deployment.policy import Policy, Proposal, history, propose
 
 # %% auto #0
-__all__ = ['setup_of', 'load', 'consider', 'take_up']
+__all__ = ['setup_of', 'load', 'told_before', 'consider', 'take_up']
 
 # %% ../../nbs/cli/11b_candidates.ipynb #8883bf56
 def setup_of(policy: Policy, found: Proposal) -> dict[str, Any]:
@@ -37,23 +37,44 @@ def load(policy: Policy, found: Proposal) -> tuple[str, str]:
     return new, old
 
 # %% ../../nbs/cli/11b_candidates.ipynb #d15d88c2
+def told_before(policy: Policy) -> str:
+    "Why there is nothing to do: no new candidate, or one that had its rollout."
+    from llmkit.core.registry import get_version
+    from llmkit.deployment.controller import rollouts_home
+
+    new, old = (get_version(policy.model, alias, policy.tracking) for alias in (policy.candidate, policy.champion))
+    if new and (old is None or old.version != new.version):
+        about = {"model": policy.model, "version": new.version}
+        for past in history(rollouts_home()):
+            if about.items() <= past.state.setup.items():
+                name = f"{policy.model} version {new.version}"
+                return f"{name} had its rollout, {past.folder.name}: {past.state}; `rollout start` gives another"
+    return f"{policy.model}: nothing new"
+
+
 def consider(policy: Policy, begin: bool = True) -> tuple[str, Any]:
     "What there is to say about the candidate, and the journal of its rollout if one has begun."
     from llmkit.cli.rollout import begun
+    from llmkit.cli.target import Setup, ready
     from llmkit.deployment.controller import rollouts_home
     from llmkit.deployment.plan import Plan
 
     found = propose(policy, rollouts_home())
     if found is None:
-        return f"{policy.model}: nothing new", None
+        return told_before(policy), None
     name = f"{policy.model} version {found.version.version}"
     if found.reasons:
         return "\n".join([f"{name} is not rolled out:", *(f"  {r}" for r in found.reasons)]), None
     if not begin:
         return f"{name} would be rolled out", None
-    new, old = load(policy, found)
-    plan, why = Plan.from_dict(dict(policy.plan)), f"{policy.candidate} is version {found.version.version}"
-    return f"{name} is rolled out", begun(new, old, setup_of(policy, found), plan, policy.strategy, "1h", False, why)
+    plan, setup = Plan.from_dict(dict(policy.plan)), setup_of(policy, found)
+    why = f"{policy.candidate} is version {found.version.version}"
+    try:
+        new, old = load(policy, found)
+        ready(Setup.from_dict(setup), plan, new, old, policy.strategy)
+    except LLMKitError as e:  # of the server, or of what the plan needs: it may be mended before the next look
+        return f"{name} cannot be rolled out yet: {e}", None
+    return f"{name} is rolled out", begun(new, old, setup, plan, policy.strategy, "1h", False, why)
 
 # %% ../../nbs/cli/11b_candidates.ipynb #f5ffaed9
 def take_up(policy: Policy) -> list[Any]:

@@ -57,7 +57,10 @@ def found(
     return hits[0]
 
 # %% ../../nbs/cli/11_rollout.ipynb #27deafde
-def read_plan(path: str) -> Any:
+def read_plan(
+    path: str,
+    aside: bool = False,  # for a shadow, whose stages are shares of the requests that are copied, up to any
+) -> Any:
     "The plan in a YAML or JSON file: a mapping, or just its stages; the default plan without one."
     from llmkit.deployment.plan import Plan
     from llmkit.evaluation.gate import read_plain
@@ -68,6 +71,9 @@ def read_plan(path: str) -> Any:
     values = {"stages": values} if isinstance(values, list) else values
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no plan", "write stages: [{traffic: 5, duration: 1h}, {traffic: 100}]")
+    last = stages[-1] if isinstance(stages := values.get("stages"), list) and stages else None
+    if aside and isinstance(last, dict) and str(last.get("traffic", 100)).removesuffix("%") != "100":
+        values = {"hold": True} | values
     return Plan.from_dict(values)
 
 # %% ../../nbs/cli/11_rollout.ipynb #ebeb0460
@@ -84,15 +90,17 @@ def plan(
     from llmkit.deployment import power
 
     chosen = read_plan(file)
+    if not (0 < base < 1 and 0 < effect < 1 - base and rps > 0):
+        what = f"--base {base:g}, --effect {effect:g} and --rps {rps:g} say nothing to simulate"
+        raise ConfigError(what, "give shares above 0, together below 1, and some traffic")
     print(power.table(power.power(chosen, rps, base, effect, runs=runs)))
     if propose:
         import yaml
 
         better = power.propose(rps, base, effect, plan=chosen, runs=runs)
-        times = [{"duration": s.duration} if s.duration else {} for s in better.stages]
-        stages = [{"traffic": float(f"{s.weight * 100:.5g}")} | t for s, t in zip(better.stages, times, strict=True)]
+        stages = [{"traffic": float(f"{s.weight * 100:.5g}"), "duration": s.duration or "∞"} for s in better.stages]
         print("\nstages that work at this traffic:")
-        print(yaml.safe_dump({"stages": stages}, sort_keys=False, default_flow_style=None).strip())
+        print(yaml.safe_dump({"stages": stages}, sort_keys=False, default_flow_style=None, allow_unicode=True).strip())
 
 # %% ../../nbs/cli/11_rollout.ipynb #de493dcf
 @app.command()
@@ -116,20 +124,17 @@ def start(
     "Begin a rollout and stay with it until it is over; exit 1 if the canary is not promoted; Ctrl-C leaves it."
     setup = {"backend": backend, "place": server, "alias": alias, "log": log, "data": data, "every": every}
     setup |= more_of(more)
-    chosen = read_plan(file)
+    chosen = read_plan(file, strategy == "shadow")
     prepared(canary, stable, setup, chosen, strategy)
     ended(drive(begun(canary, stable, setup, chosen, strategy, standby, wait, why), metrics_port))
 
 # %% ../../nbs/cli/11_rollout.ipynb #fbbc1cc5
 def more_of(pairs: list[str]) -> dict[str, Any]:
     "The values of `--set`."
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {pair!r} is no NAME=VALUE", "write --set namespace=llm")
-        values[name] = int(value) if name in ("version", "before") and value.isdigit() else value
-    return values
+    if odd := [p for p in pairs if "=" not in p]:
+        raise ConfigError(f"--set {odd[0]!r} is no NAME=VALUE", "write --set namespace=llm")
+    values = (p.split("=", 1) for p in pairs)
+    return {n: int(v) if n in ("version", "before") and v.isdigit() else v for n, v in values}
 
 
 def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str) -> None:
@@ -149,7 +154,7 @@ def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strat
         raise ConfigError(f"{canary!r} is to replace itself", "name two revisions")
     ready(about, chosen, canary, stable, strategy)
 
-
+# %% ../../nbs/cli/11_rollout.ipynb #2f8ac61a
 def begun(
     canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str, standby: str, wait: bool, why: str
 ) -> Any:
@@ -210,7 +215,9 @@ def history(
             elif text := told(e):
                 print(f"{when(e.time)}  {text}")
         return
-    for p in past(rollouts_home()):
+    if not (known := past(rollouts_home())) and not as_json:
+        print(f"there are no rollouts in {rollouts_home()}")
+    for p in known:
         if as_json:
             print(json.dumps({"id": p.folder.name, "began": p.began} | p.state.to_dict()))
         else:

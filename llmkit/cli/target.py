@@ -59,8 +59,7 @@ class Setup(Config):
             self.fail("url", "must say where the held-out text is sent")
         if self.model and not (self.tracking and self.version and self.before):
             self.fail("model", "must come with tracking, version and before")
-        if self.every:
-            seconds(self.every)
+        seconds(self.every or "1s")
         if self.backend == "router" and not self.place.startswith(("http://", "https://")):
             self.fail("place", "must be the server's address, for example http://127.0.0.1:8000")
 
@@ -86,7 +85,7 @@ def open_backend(setup: Setup) -> Iterator[Any]:
 
         if not (key := os.environ.get("LLMKIT_ADMIN_KEY", "")):
             raise ConfigError("the server's admin key is not known", "set LLMKIT_ADMIN_KEY to what `serve` has")
-        with AdminClient(setup.place, key) as admin:
+        with AdminClient(setup.place, key, 15.0) as admin:  # a server that hangs must not keep an abort waiting
             yield RouterBackend(admin, setup.alias)
     else:
         from llmkit.deployment import objects

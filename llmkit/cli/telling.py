@@ -71,12 +71,16 @@ class Telling:
 
     def __call__(self, state: Any) -> None:
         "After each step."
+        from llmkit.deployment.plan import duration
+
         if self.gauges:
             self.gauges.observe(state)
         for e in self.book.entries(after=self.last):
             self.last = e.seq
             if text := told(e):
-                if e.kind == "begin":
+                if e.kind == "switched":
+                    text += f"; for {duration(state.standby_s)} abort is the instant way back"
+                if e.kind == "begin" and state.phase == "stage":
                     text += f"; bad is {' or '.join(rules_of(state).values())}"
                 self.say(e.time, text, 60.0)
             elif time.monotonic() - self.told >= self.patience:
@@ -131,9 +135,11 @@ def running(folder: Path) -> bool:
 
 
 def time_of(state: Any) -> str:
-    "How far a stage is in its time, as the last look found it."
+    "How far a stage, or the time after a switch, is, as the last look found it."
     from llmkit.deployment.plan import duration, seconds
 
+    if state.phase == "standby":
+        return f"{duration(state.elapsed)} of {duration(state.standby_s)} in which abort is the instant way back"
     if state.phase != "stage" or not (whole := state.plan["stages"][state.stage]["duration"]):
         return ""
     more = "" if state.elapsed <= seconds(whole) else ", extended"

@@ -132,7 +132,7 @@ class Controller(Stepper):
 
     def rest(self, state: RolloutState, sleep: Callable[[float], None]) -> None:
         "Wait for the next step; an order ends that."
-        calm = state.settled and state.phase in ("baseline", "stage", "standby")
+        calm = state.settled and (state.phase in ("stage", "standby") or (state.phase == "baseline" and self.short))
         left = self.pause_s() or (1.0 if state.paused else self.signals.every if calm else 0.0)
         while left > 0 and not self.book.asked():
             sleep(min(left, 0.5))

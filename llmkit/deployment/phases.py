@@ -83,7 +83,7 @@ class Stepping:
     ) -> None:
         self.book, self.backend, self.signals, self.champion = book, backend, signals, champion
         self.tries, self.backoff, self.cap, self.timeout, self.clock = tries, backoff, cap, timeout, clock
-        self.failures = 0  # in a row
+        self.failures, self.short = 0, False  # in a row; whether there was too little of the stable revision to measure
         self.error: Exception | None = None  # the first of them
 
     def go(
@@ -148,13 +148,15 @@ class Preparing(Settling):
 
     def baseline(self, state: RolloutState) -> RolloutState:
         "Measure where bad begins."
+        plan = Plan.from_dict(state.plan)
+        judged = state.strategy == "shadow" or any(g.kind == "threshold" for g in plan.gates)
+        if plan.stages[0].weight == 1 and not judged:  # blue and green, at once
+            return self.go(state, "promoting", "begin", crowned=True, reason="switched at once, unjudged")
         gates = self.signals.measure(state)
+        self.short = gates is None
         if gates is None:
             return state
-        plan = state.plan | {"gates": [g.to_dict() for g in gates]}
-        if state.strategy != "shadow" and Plan.from_dict(plan).stages[0].weight == 1:  # blue and green, at once
-            return self.go(state, "promoting", "begin", plan=plan, crowned=True, reason="switched at once, unjudged")
-        return self.go(state, "stage", "begin", plan=plan, stage=0)
+        return self.go(state, "stage", "begin", plan=state.plan | {"gates": [g.to_dict() for g in gates]}, stage=0)
 
 # %% ../../nbs/deployment/04d_phases.ipynb #fc5812a6
 class Following(Preparing):

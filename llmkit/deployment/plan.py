@@ -160,7 +160,7 @@ class Plan(PlanRules):
         "The stages in which there are two arms to compare."
         return [s for s in self.stages if s.weight < 1]
 
-
+# %% ../../nbs/deployment/03_plan.ipynb #5d86ef20
 def as_stage(value: Any) -> Stage:
     "A stage from a stage or a dict."
     if not isinstance(value, Stage | Mapping):

@@ -160,6 +160,9 @@ def propose(policy: Policy, home: str | Path, clock: Callable[[], float] = time.
     "The candidate that a rollout should or may not start for; None if there is nothing new."
     version = get_version(policy.model, policy.candidate, policy.tracking)
     before = get_version(policy.model, policy.champion, policy.tracking)
+    if version is None and before is None:
+        what = f"{policy.tracking} has neither a {policy.candidate!r} nor a {policy.champion!r} of {policy.model!r}"
+        raise ConfigError(what, "is that the registered name, and this its registry?")
     if version is None or (before and before.version == version.version):
         return None
     if before is None:
