@@ -120,13 +120,14 @@ def look(state: JudgeState, windows: Mapping[str, Window]) -> JudgeState:
 def add(gate: GateState, w: Window) -> GateState:
     "The gate's state with one more window."
     if gate.kind == "threshold":
-        mine, others, share, data = w.canary_bad, w.canary - w.canary_bad, gate.level, w.canary > 0
+        share, data, bad = gate.level, w.canary > 0, (w.canary_bad, w.canary - w.canary_bad)
     else:
-        mine, others, share, data = w.canary_bad, w.stable_bad, w.share, w.canary > 0 and w.stable > 0
+        share, data, bad = w.share, w.canary > 0 and w.stable > 0, (w.canary_bad, w.stable_bad)
+    draws = bad if gate.kind == "threshold" else w.bad_draws
     counts = gate.counts + w
     enough = counts.canary >= gate.min_requests
-    harm = np.asarray(gate.harm) + steps(mine, others, share, WORSE)
-    safe = np.asarray(gate.safe) + steps(mine, others, share, fine(gate.margin), gate.margin)
+    harm = np.asarray(gate.harm) + steps(*bad, share, WORSE)
+    safe = np.asarray(gate.safe) + steps(*draws, share, fine(gate.margin), gate.margin)
     return replace(
         gate,
         counts=counts,

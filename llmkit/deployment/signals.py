@@ -23,7 +23,7 @@ from ..monitoring.surprise import Surprise
 
 # %% auto #0
 __all__ = ['Row', 'EVERY_ROW', 'UNTOLD', 'Traffic', 'Look', 'Signals', 'count_new', 'looked', 'LogRows', 'wants_drift',
-           'DriftRows', 'LogSignals', 'as_rows', 'LabelSignals']
+           'DriftRows', 'MeasuredRows', 'LogSignals', 'as_rows', 'LabelSignals']
 
 # %% ../../nbs/deployment/04c_signals.ipynb #5afc0f18
 Row = Mapping[str, Any]
@@ -159,9 +159,9 @@ class DriftRows(LogRows):
         self.told = {key: told[key] for key in keys}
         return [{**r, "surprise": told[key]} for r, key in zip(rows, keys, strict=True)]
 
-# %% ../../nbs/deployment/04c_signals.ipynb #c29263e1
-class LogSignals(DriftRows):
-    "Evidence from the users: the rows of the server's request log."
+# %% ../../nbs/deployment/04c_signals.ipynb #f923577c
+class MeasuredRows(DriftRows):
+    "Rows by which the lines of gates are measured."
 
     def measure(self, state: RolloutState) -> list[Gate] | None:
         "The gates measured on the newest rows of the stable revision; None while they are too few."
@@ -178,6 +178,10 @@ class LogSignals(DriftRows):
             hint = f"serve without --no-log-text, or {UNTOLD}"
             raise ConfigError(f"none of {len(known)} rows in {self.log} has a text", hint)
         return [settle(g, known) for g in plan.gates]
+
+# %% ../../nbs/deployment/04c_signals.ipynb #c29263e1
+class LogSignals(MeasuredRows):
+    "Evidence from the users: the rows of the server's request log."
 
     def begin(self, state: RolloutState) -> dict[str, float]:
         "From now on."

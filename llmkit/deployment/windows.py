@@ -22,6 +22,7 @@ class Window:
     canary_bad: int = 0
     stable_bad: int = 0
     arrived: tuple[int, int] | None = None  # sessions seen for the first time, canary's and stable's; None: as requests
+    drawn: tuple[int, int] | None = field(default=None, compare=False)  # bad, of one request a session; None: all bad
 
     @property
     def total(self) -> int:
@@ -37,6 +38,11 @@ class Window:
     def new(self) -> tuple[int, int]:
         "What the split is checked by."
         return (self.canary, self.stable) if self.arrived is None else self.arrived
+
+    @property
+    def bad_draws(self) -> tuple[int, int]:
+        "What a canary is promoted by."
+        return (self.canary_bad, self.stable_bad) if self.drawn is None else self.drawn
 
     def __add__(self, other: Self) -> "Window":
         a, b = self.new, other.new
@@ -73,7 +79,8 @@ class Sessions:
 def tally(labels: Iterable[Label], canary: str, stable: str, seen: Sessions | set[str]) -> Window:
     "Count `labels` into a window and note their sessions in `seen`; with a plain set, a session counts once for all."
     known = seen if isinstance(seen, Sessions) else Sessions(seen, seen)
-    counts, bad, new, here = [0, 0], [0, 0], [0, 0], dict[str, int]()  # here: the arm of each session in this window
+    counts, bad, new, drawn = ([0, 0] for _ in range(4))
+    here: dict[str, int] = {}  # the arm of each session in this window
     for label in labels:
         s = label.session
         if label.revision not in (canary, stable) or (s and s in known.failed):
@@ -81,13 +88,14 @@ def tally(labels: Iterable[Label], canary: str, stable: str, seen: Sessions | se
         arm = int(label.revision == stable)
         if not s or s not in here:
             counts[arm], new[arm] = counts[arm] + 1, new[arm] + (not s or s not in known.met)
+            drawn[arm] += label.bad
         if s and here.setdefault(s, arm) != arm:  # not sticky: the session stays with the arm it came with
             continue
         bad[arm] += label.bad
         if s:
             known.met.add(s)
             known.failed.update({s} if label.bad else ())
-    return Window(counts[0], counts[1], bad[0], bad[1], (new[0], new[1]))
+    return Window(counts[0], counts[1], bad[0], bad[1], (new[0], new[1]), (drawn[0], drawn[1]))
 
 # %% ../../nbs/deployment/02c_windows.ipynb #ee295d4d
 def count(
