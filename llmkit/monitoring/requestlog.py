@@ -79,9 +79,6 @@ class LogFile:
             con.close()
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #4a8e4b43
-QUIET_S = 10.0  # between two complaints about the disk
-
-
 class BoundedLog(LogFile):
     "A log that is kept within bounds, and counts what it could not take."
 
