@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'EMPTY', 'Then', 'GateState', 'JudgeState', 'gate_state', 'start', 'look', 'add', 'Decision', 'to_one',
-           'compare', 'decide', 'broken_split', 'harmed', 'missing', 'passed', 'waiting', 'extend', 'readings']
+           'compare', 'decide', 'broken_split', 'harmed', 'missing', 'passed', 'too_bad', 'shown', 'alone', 'waiting',
+           'extend', 'readings']
 
 # %% ../../nbs/deployment/02_judge.ipynb #fd0c75be
 import math
@@ -16,7 +17,16 @@ import numpy as np
 
 from ..core.config import nearest
 from ..core.errors import ConfigError
-from .evidence import WORSE, fine, ratio_evidence, stakes, steps, total
+from llmkit.deployment.evidence import (
+    WORSE,
+    clean_needed,
+    ratio_evidence,
+    safe_stakes,
+    safe_steps,
+    stakes,
+    steps,
+    total,
+)
 from .gates import Gate as Gate
 from .plan import Plan
 from .windows import Label as Label
@@ -48,6 +58,7 @@ class GateState:
     harmed: bool = False
     passed: bool = False
     silent: int = 0  # looks in a row without data of both arms
+    floor: float = 0.0  # a share of bad requests below which the canary may pass in any case
 
 # %% ../../nbs/deployment/02_judge.ipynb #297ec9c7
 @dataclass(frozen=True, slots=True)
@@ -99,7 +110,8 @@ def start(plan: Plan, stage: int) -> JudgeState:
             patience=g.patience,
             min_requests=g.min_requests if g.kind == "threshold" else 1,
             harm=stakes(WORSE),
-            safe=stakes(fine(g.margin or plan.margin)),
+            safe=safe_stakes(g.margin or plan.margin, g.tolerated),
+            floor=g.tolerated,
         )
         for g in gates
     )
@@ -124,10 +136,11 @@ def add(gate: GateState, w: Window) -> GateState:
     else:
         share, data, bad = w.share, w.canary > 0 and w.stable > 0, (w.canary_bad, w.stable_bad)
     draws = bad if gate.kind == "threshold" else w.bad_draws
+    good = w.canary - draws[0]
     counts = gate.counts + w
     enough = counts.canary >= gate.min_requests
     harm = np.asarray(gate.harm) + steps(*bad, share, WORSE)
-    safe = np.asarray(gate.safe) + steps(*draws, share, fine(gate.margin), gate.margin)
+    safe = np.asarray(gate.safe) + safe_steps(draws, good, share, gate.margin, gate.floor)
     return replace(
         gate,
         counts=counts,
@@ -224,11 +237,30 @@ def passed(state: JudgeState, over: bool) -> Decision | None:
     if not required or not seen or not all(g.passed for g in required):
         return None
     last = min(required, key=lambda g: float(total(g.safe)))
-    reason = f"{compare(last)}; not {last.margin:g} times as bad"
+    reason = f"{compare(last)}; {shown(last)}"
     reason += f", nor by {', '.join(g.name for g in required if g is not last)}" if len(required) > 1 else ""
     if state.waits and not over:
         return Decision("continue", f"{reason}; the stage is watched to its end", last.name, float(total(last.safe)))
     return Decision("promote", reason, last.name, float(total(last.safe)))
+
+
+def too_bad(g: GateState) -> str:
+    "What a gate has to show of a canary."
+    return f"not {g.margin:g} times as bad" + (f", or below {g.floor:.2%}" if g.floor else "")
+
+
+def shown(g: GateState) -> str:
+    "What a gate that has passed has shown, or the likelier of two things."
+    few = g.safe[-len(FEW) :] if g.floor else ()
+    below = bool(few) and total(few) > total(g.safe[: -len(FEW)])
+    return f"fewer than {g.floor:.2%} are" if below else f"not {g.margin:g} times as bad"
+
+
+def alone(g: GateState) -> str:
+    "What helps where there is nothing to compare."
+    if g.floor:
+        return f"{clean_needed(g.floor, g.promote_alpha):,} canary requests without a bad one would do"
+    return "give the gate a 'floor', or 'required: false', with which it can only roll back"
 
 
 def waiting(state: JudgeState, over: bool) -> Decision:
@@ -236,10 +268,10 @@ def waiting(state: JudgeState, over: bool) -> Decision:
     open_ = [g for g in state.gates if g.required and not g.passed] or list(state.gates)
     first = min(open_, key=lambda g: float(total(g.safe)))
     evidence = float(total(first.safe))
-    need = f"evidence {to_one(evidence)} that it is not {first.margin:g} times as bad"
+    need = f"evidence {to_one(evidence)} that it is {too_bad(first)}"
     need += f", {to_one(-math.log10(first.promote_alpha))} is asked"
     if first.kind == "events" and not first.counts.canary_bad + first.counts.stable_bad:
-        need += " (none was bad in either arm: with 'required: false' the gate waits for none, and can only roll back)"
+        need += f" (none was bad in either arm: {alone(first)})"
     if not over:
         return Decision("continue", f"{compare(first)}; {need}", first.name, evidence)
     then: Then = "extend" if state.extensions else "hold"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .evidence import WORSE, fine, ratio_evidence, steps, total
+from .evidence import WORSE, ratio_evidence, safe_steps, steps, total
 from .judge import GateState, JudgeState, start
 from .plan import Plan
 
@@ -76,7 +76,7 @@ class Bets:
         share = w.canary / np.maximum(w.canary + w.stable, 1) if events else np.full(len(w.canary), g.level)
         self.canary, self.stable = self.canary + w.canary, self.stable + w.stable
         self.harm = self.harm + steps(w.canary_bad, others, share, WORSE)
-        self.safe = self.safe + steps(w.canary_bad, others, share, fine(g.margin), g.margin)
+        self.safe = self.safe + safe_steps((w.canary_bad, others), w.canary - w.canary_bad, share, g.margin, g.floor)
         enough = self.canary >= g.min_requests
         self.harmed |= enough & (total(self.harm) >= -math.log10(g.alpha))
         self.passed |= enough & (total(self.safe) >= -math.log10(g.promote_alpha))
