@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'EMPTY', 'Then', 'GateState', 'JudgeState', 'gate_state', 'start', 'look', 'add', 'Decision', 'to_one',
-           'compare', 'decide', 'broken_split', 'harmed', 'missing', 'passed', 'too_bad', 'shown', 'alone', 'waiting',
-           'extend', 'readings']
+           'compare', 'too_bad', 'alone', 'decide', 'broken_split', 'harmed', 'missing', 'passed', 'waiting', 'extend',
+           'readings']
 
 # %% ../../nbs/deployment/02_judge.ipynb #fd0c75be
 import math
@@ -181,6 +181,18 @@ def compare(g: GateState) -> str:
         return f"{mine}, at most {g.level:.2%} may be"
     return f"{mine}, {c.stable_bad:,} of {c.stable:,} stable ones ({c.stable_bad / max(c.stable, 1):.2%})"
 
+
+def too_bad(g: GateState) -> str:
+    "What a gate has to show of a canary."
+    return f"below {g.floor:.2%} or not {g.margin:g} times as bad" if g.floor else f"not {g.margin:g} times as bad"
+
+
+def alone(g: GateState) -> str:
+    "What helps where there is nothing to compare."
+    if g.floor:
+        return f"{clean_needed(g.floor, g.promote_alpha):,} canary requests without a bad one would do"
+    return "give the gate a 'floor', or 'required: false', with which it can only roll back"
+
 # %% ../../nbs/deployment/02_judge.ipynb #ff7d1e48
 def decide(
     state: JudgeState,
@@ -237,30 +249,11 @@ def passed(state: JudgeState, over: bool) -> Decision | None:
     if not required or not seen or not all(g.passed for g in required):
         return None
     last = min(required, key=lambda g: float(total(g.safe)))
-    reason = f"{compare(last)}; {shown(last)}"
+    reason = f"{compare(last)}; {too_bad(last)}"
     reason += f", nor by {', '.join(g.name for g in required if g is not last)}" if len(required) > 1 else ""
     if state.waits and not over:
         return Decision("continue", f"{reason}; the stage is watched to its end", last.name, float(total(last.safe)))
     return Decision("promote", reason, last.name, float(total(last.safe)))
-
-
-def too_bad(g: GateState) -> str:
-    "What a gate has to show of a canary."
-    return f"not {g.margin:g} times as bad" + (f", or below {g.floor:.2%}" if g.floor else "")
-
-
-def shown(g: GateState) -> str:
-    "What a gate that has passed has shown, or the likelier of two things."
-    few = g.safe[-len(FEW) :] if g.floor else ()
-    below = bool(few) and total(few) > total(g.safe[: -len(FEW)])
-    return f"fewer than {g.floor:.2%} are" if below else f"not {g.margin:g} times as bad"
-
-
-def alone(g: GateState) -> str:
-    "What helps where there is nothing to compare."
-    if g.floor:
-        return f"{clean_needed(g.floor, g.promote_alpha):,} canary requests without a bad one would do"
-    return "give the gate a 'floor', or 'required: false', with which it can only roll back"
 
 
 def waiting(state: JudgeState, over: bool) -> Decision:
