@@ -181,7 +181,7 @@ def compare(g: GateState) -> str:
         return f"{mine}, at most {g.level:.2%} may be"
     return f"{mine}, {c.stable_bad:,} of {c.stable:,} stable ones ({c.stable_bad / max(c.stable, 1):.2%})"
 
-
+# %% ../../nbs/deployment/02_judge.ipynb #52844675
 def too_bad(g: GateState) -> str:
     "What a gate has to show of a canary."
     return f"below {g.floor:.2%} or not {g.margin:g} times as bad" if g.floor else f"not {g.margin:g} times as bad"
