@@ -11,13 +11,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import ConfigError, LLMKitError, RunError
 from ..core.run import locked
-from .journal import Book, Order, claim, release
+from .backend import settle
+from .journal import Book, JournalError, Order, claim, release
 from .phases import Ending
 from .state import RolloutState
 
@@ -124,11 +125,22 @@ class Controller(Stepper):
     ) -> RolloutState:
         "Step until the rollout is done, or paused."
         while True:
-            state = self.step()
+            try:
+                state = self.step()
+            except JournalError:
+                self.retreat()
+                raise
             stuck = state.paused and (state.settled or self.failures >= 2 * self.tries)
             if state.phase == "done" or (stuck and not wait):
                 return state
             self.rest(state, sleep)
+
+    def retreat(self) -> None:
+        "Give the traffic of a stage to the stable revision: what cannot be written down cannot be watched."
+        state = self.book.read()
+        if state.phase == "stage":
+            with suppress(LLMKitError, OSError):  # the back end may be gone, too; the next controller puts it right
+                settle(self.backend, replace(state, phase="rolling_back", paused="").goal())
 
     def rest(self, state: RolloutState, sleep: Callable[[float], None]) -> None:
         "Wait for the next step; an order ends that."

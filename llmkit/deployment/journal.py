@@ -19,8 +19,8 @@ from ..core.errors import DataError, MissingError, RunError
 from .state import RolloutState
 
 # %% auto #0
-__all__ = ['Action', 'FILE', 'LOCKS', 'Entry', 'Order', 'connect', 'Journal', 'Steps', 'Answers', 'Book', 'locks', 'still_runs',
-           'claim', 'release']
+__all__ = ['Action', 'FILE', 'LOCKS', 'Entry', 'Order', 'connect', 'Journal', 'JournalError', 'Steps', 'Answers', 'Book', 'locks',
+           'still_runs', 'claim', 'release']
 
 # %% ../../nbs/deployment/04b_journal.ipynb #432a2d08
 _SQL = """
@@ -109,6 +109,10 @@ class Journal:
 _ENTRY = "INSERT INTO journal (time, kind, who, why, data) VALUES (?, ?, ?, ?, ?)"
 
 # %% ../../nbs/deployment/04b_journal.ipynb #820e5b39
+class JournalError(DataError):
+    "A journal that cannot be written: nothing may be done, for nobody could go on from it."
+
+
 class Steps(Journal):
     "A journal that is written to, a step at a time."
 
@@ -136,7 +140,7 @@ class Steps(Journal):
                     con.execute("UPDATE orders SET taken = 1 WHERE seq = ?", [order.seq])
         except sqlite3.Error as e:  # a full disk, most of the time
             what = f"the journal of {self.folder.name} cannot be written: {e}"
-            raise DataError(what, "the rollout stays where it is: make room and resume it") from e
+            raise JournalError(what, "make room and resume it") from e
         return state
 
 # %% ../../nbs/deployment/04b_journal.ipynb #6d015ccd
@@ -164,9 +168,12 @@ class Book(Answers):
 
     def order(self, action: Action, who: str, why: str) -> Order:
         "Ask the rollout's controller, this one or the next, to do something."
-        with self.con as con:
-            values = [time.time(), action, who, why]
-            at = con.execute("INSERT INTO orders (time, action, who, why) VALUES (?, ?, ?, ?)", values).lastrowid
+        values = [time.time(), action, who, why]
+        try:
+            with self.con as con:
+                at = con.execute("INSERT INTO orders (time, action, who, why) VALUES (?, ?, ?, ?)", values).lastrowid
+        except sqlite3.Error as e:
+            raise JournalError(f"the order to {action} cannot be written down: {e}", "make room and ask again") from e
         return Order(int(at or 0), action, who, why)
 
     def asked(self) -> Order | None:
