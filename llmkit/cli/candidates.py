@@ -19,7 +19,8 @@ __all__ = ['setup_of', 'load', 'told_before', 'consider', 'take_up']
 def setup_of(policy: Policy, found: Proposal) -> dict[str, Any]:
     "Where the rollout of a candidate takes place."
     about: dict[str, Any] = {"place": policy.server, "alias": policy.alias, "log": policy.log}
-    about |= {"every": f"{policy.every:g}s", "model": policy.model, "tracking": policy.tracking}
+    about |= {"every": f"{policy.every:g}s" if policy.every else "", "model": policy.model}
+    about |= {"tracking": policy.tracking}
     about |= {"version": found.version.version, "before": found.before.version}
     return about | {"profile": str(found.before.folder)}
 

@@ -75,7 +75,7 @@ class Policy(Config):
     max_per_day: Annotated[int, Ge(1)] = 2  # rollouts that may start within 24 hours
     strategy: Strategy = "canary"
     plan: dict[str, Any] = field(default_factory=dict)  # as `llmkit rollout start --plan` takes it
-    every: Annotated[float, Gt(0)] = 10.0  # seconds between two looks at the request log
+    every: Annotated[float, Gt(0)] | None = None  # seconds between two looks at the request log; None: the plan says it
     variant: str = "auto"  # how the candidate is run
 
     def validate(self) -> None:
