@@ -241,7 +241,14 @@ class ServerMetrics:
             for n, kind in HISTOGRAMS.items()
         }
         self.own: dict[str, Any] = {n: kind(f"llmkit:{n}", h, at, **kw) for n, (kind, h, at) in OWN.items()}
-        self.http = self.own["http_responses"]
+        self.http, self.paths = self.own["http_responses"], set[str]()
+
+    def answered(self, path: str, status: int) -> None:
+        "Count an answer; a path's lines of failures begin at 0 with its first one, or the first failure is no increase."
+        for code in () if path in self.paths else ("500", "503"):
+            self.http.labels(path, code)
+        self.paths.add(path)
+        self.http.labels(path, str(status)).inc()
 
     def bind(self, model_name: str, engine: str = "0") -> ModelMetrics:
         "The metrics of one model, labels looked up once."

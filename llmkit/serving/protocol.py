@@ -160,7 +160,7 @@ class CompletionRequest(Shared, forbid_unknown_fields=True, kw_only=True):
 class FeedbackRequest(Struct, forbid_unknown_fields=True):
     "The body of `/v1/feedback`: a label for an answered request."
 
-    request_id: Annotated[str, Meta(min_length=1)]
+    request_id: Annotated[str, Meta(min_length=1, max_length=256)]
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     value: float | None = None  # thumbs and completed: 1 or 0
     text: Annotated[str, Meta(max_length=65_536)] | None = None  # label: the right answer

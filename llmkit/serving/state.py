@@ -222,7 +222,7 @@ def settle(state: State, call: Call, row: RequestRow, visit: Visit | None) -> No
     if row.source == "shadow":
         state.metrics.own["shadow_requests"].labels(row.revision, "ok" if row.status == 200 else "failed").inc()
     else:
-        state.metrics.http.labels(call.endpoint, str(call.status)).inc()
+        state.metrics.answered(call.endpoint, call.status)
 
 # %% ../../nbs/serving/05b_state.ipynb #2f44a9d7
 def finish(state: State, call: Call, error: ApiError | None = None, reply: Reply | None = None) -> None:
