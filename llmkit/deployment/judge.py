@@ -28,6 +28,7 @@ from llmkit.deployment.evidence import (
     total,
 )
 from .gates import Gate as Gate
+from .gates import floor_of
 from .plan import Plan
 from .windows import Label as Label
 from .windows import Sessions as Sessions
@@ -110,8 +111,8 @@ def start(plan: Plan, stage: int) -> JudgeState:
             patience=g.patience,
             min_requests=g.min_requests if g.kind == "threshold" else 1,
             harm=stakes(WORSE),
-            safe=safe_stakes(g.margin or plan.margin, g.tolerated),
-            floor=g.tolerated,
+            safe=safe_stakes(g.margin or plan.margin, floor_of(g)),
+            floor=floor_of(g),
         )
         for g in gates
     )

@@ -244,7 +244,7 @@ class ServerMetrics:
         self.http, self.paths = self.own["http_responses"], set[str]()
 
     def answered(self, path: str, status: int) -> None:
-        "Count an answer; a path's lines of failures begin at 0 with its first one, or the first failure is no increase."
+        "Count an answer; with a path's first one its lines of failures begin, at 0: the first failure is a rise."
         for code in () if path in self.paths else ("500", "503"):
             self.http.labels(path, code)
         self.paths.add(path)
