@@ -5,7 +5,7 @@
 # %% ../../nbs/training/06a_gpus.ipynb #b129f42b
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -70,12 +70,9 @@ def gpus_from(path: str | Path) -> dict[str, Gpu]:
         if not isinstance(given, dict):
             raise ConfigError(f"{path}: {name} = {given!r}", "write it like h100: {price: 2.2}")
         name = SAME.get(str(name).lower(), str(name).lower())
-        try:
-            table[name] = Gpu.from_dict((table[name].to_dict() if name in table else {}) | given)
-        except TypeError as e:
-            raise ConfigError(
-                f"{path}: {name} is new and lacks a number", "give tflops, memory, bandwidth, price"
-            ) from e
+        if name not in table and (lacking := {f.name for f in fields(Gpu)} - given.keys()):
+            raise ConfigError(f"{path}: {name} is new and lacks a number", f"give {', '.join(sorted(lacking))}")
+        table[name] = Gpu.from_dict((table[name].to_dict() if name in table else {}) | given)
     return table
 
 # %% ../../nbs/training/06a_gpus.ipynb #45643004
