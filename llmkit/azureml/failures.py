@@ -55,8 +55,9 @@ def passing(error: BaseException) -> bool:
     "Whether the same call may work a moment later."
     from azure.core.exceptions import ServiceRequestError, ServiceResponseError
 
-    status, _, text = facts(error)
-    updating = status == 409 and re.search(r"updating|in progress|being (created|modified|updated)", text, re.I)
+    status, code, text = facts(error)
+    doing = r"updating|in progress|being (created|modified|updated)|BlobAlreadyExists"  # by somebody's upload meanwhile
+    updating = status == 409 and re.search(doing, f"{code} {text}", re.I)
     lost = isinstance(behind(error), ServiceRequestError | ServiceResponseError | ConnectionError)
     return lost or status in BUSY or bool(updating) or expired(error)
 
