@@ -169,7 +169,7 @@ class Board:
             family = self._families[name]
             child = family.labels(**r.labels) if r.labels else family
             if r.name != name:
-                before, self._seen[name, at] = self._seen.get((name, at), 0.0), r.value
+                before, self._seen[name, at, r.since] = self._seen.get((name, at, r.since), 0.0), r.value
                 child.inc(r.value - before if r.value >= before else r.value)
             else:
                 child.set(r.value)
