@@ -129,6 +129,8 @@ def run(
     target, told = Target(f"{Places(url).base}/metrics"), routes_of(routes) if routes else Routes()
     judged = read_rules(Path(rules)) if rules else default_rules()
     check_secrets(told)
+    if (log or model) and not reports:
+        raise ConfigError("--log and --model are for reports", "give --reports FOLDER, too")
     more = [drawing(log, model, reports)] if reports else []
     loop = AlertLoop(judged, [target], told, folder, every)
     with alone(folder):

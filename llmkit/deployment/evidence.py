@@ -8,6 +8,7 @@ __all__ = ['WORSE', 'FEW', 'ON_FEW', 'share_of_bad', 'stakes', 'fine', 'steps', 
 
 # %% ../../nbs/deployment/02a_evidence.ipynb #2885607a
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,9 +83,12 @@ def safe_steps(
 def clean_needed(floor: float, alpha: float) -> int:
     "Requests without a bad one that show, at level `alpha`, that fewer than `floor` are bad."
     money, wins = np.exp(safe_stakes(2.0, floor)[-len(FEW) :]), steps(0, 1, floor, FEW)
-    n = np.arange(1, math.ceil(4 * math.log(len(FEW) / ON_FEW / alpha) / floor))
-    won = (money * np.exp(n[:, None] * wins)).sum(1) + 1 - ON_FEW  # the other bets are as they were
-    return int(n[won >= 1 / alpha][0])
+    most = math.ceil(4 * math.log(len(FEW) / ON_FEW / alpha) / floor)
+
+    def enough(n: int) -> bool:
+        return bool(money @ np.exp(n * wins) + 1 - ON_FEW >= 1 / alpha)  # the other bets are as they were
+
+    return 1 + bisect_left(range(1, most), True, key=enough)
 
 # %% ../../nbs/deployment/02a_evidence.ipynb #a5c23ce5
 def ratio_evidence(canary: Any, total: Any, planned: float, strength: float = 50.0) -> Any:

@@ -118,10 +118,11 @@ class Gate(Config):
     min_requests: Annotated[int, Ge(1)] = 100  # of the canary, before a threshold says anything
     measured: Literal["before", "window"] = "before"  # before the canary, or in each window
 
-    def validate(self) -> None:
-        "A known name or a predicate, and a threshold exactly where there is one."
+    def validate(self) -> None:  # a known name or a predicate, and a threshold exactly where there is one
         if (self.kind == "threshold") != bool(self.threshold):
             self.fail("threshold", f"must be given for kind 'threshold', and for no other; this is {self.kind!r}")
+        if self.threshold and self.floor is not None:
+            self.fail("floor", "is for events; a threshold says itself what is allowed")
         if self.kind == "events" and not self.bad and self.name not in BAD:
             self.fail("name", f"is not known and needs 'bad' to say which requests are bad; {nearest(self.name, BAD)}")
         _ = self.predicate  # it can be read

@@ -185,7 +185,9 @@ def compare(g: GateState) -> str:
 # %% ../../nbs/deployment/02_judge.ipynb #52844675
 def too_bad(g: GateState) -> str:
     "What a gate has to show of a canary."
-    return f"below {g.floor:.2%} or not {g.margin:g} times as bad" if g.floor else f"not {g.margin:g} times as bad"
+    return (
+        f"below {100 * g.floor:.3g}% or not {g.margin:g} times as bad" if g.floor else f"not {g.margin:g} times as bad"
+    )
 
 
 def alone(g: GateState) -> str:
