@@ -19,7 +19,7 @@ class Reading:
     name: str  # of the metric: 'gpu_power_watts'
     value: float
     labels: dict[str, str] = field(default_factory=dict)  # {'gpu': '0'}
-    since: float = 0.0  # when a total began at 0, seconds since the epoch; with another one it has begun again
+    since: float | None = None  # when a total began at 0, seconds since the epoch; None: with the worker; 0: before it
 
 # %% ../../nbs/monitoring/06a_gpu.ipynb #0a73a62d
 QUESTIONS: dict[str, Callable[[Any, Any], float]] = {

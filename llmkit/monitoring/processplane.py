@@ -95,20 +95,14 @@ class FeedPlane(Plane):
 
     def __init__(self, command: list[str], ring: Ring | None = None, gather_s: float = 0.02) -> None:
         super().__init__(ring, gather_s)
-        self.command, self._closing, self._due = command, False, False
+        self.command, self._due = command, False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._worker: Worker | None = None
 
-    def put(self, item: Item) -> bool:
-        "Take a row or a label, without waiting; False, and one more in `dropped`, if there is no room."
-        if self._closing:
-            self.lost += 1
-            return False
-        taken = self.ring.put(item)
+    def _rouse(self, taken: bool) -> None:
         if not self._due and self._loop is not None:
             self._due = True
             self._loop.call_later(self.gather_s, self._pump)
-        return taken
 
     def _pump(self) -> None:
         self._due = False

@@ -141,7 +141,7 @@ class Climber:
         at, value = key(reading), reading.value
         self.high[at] = self.high.get(at, 0.0) + max(0.0, value - self.last.get(at, 0.0))
         self.last[at] = value
-        return Reading(reading.name, self.high[at], reading.labels)
+        return Reading(reading.name, self.high[at], reading.labels, since=0.0)  # the machine counts, not the worker
 
 # %% ../../nbs/monitoring/06_system.ipynb #5fa24322
 class CpuMeter:

@@ -12,7 +12,6 @@ import logging
 import os
 import sqlite3
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +64,7 @@ class WrittenLog(Sink):
     "Writes rows and labels to the request log."
 
     def __init__(self, path: str | Path, text: bool = True, keep: Keep | None = None) -> None:
-        self.text, self.writer, self.since = text, LogWriter(path, keep), time.time()
+        self.text, self.writer = text, LogWriter(path, keep)
 
     def take(self, rows: Sequence[RequestRow]) -> None:
         "Write rows, but not those that are not to be stored."
@@ -82,7 +81,7 @@ class WrittenLog(Sink):
         "What the disk did not take, what was there already, what had to go."
         c = self.writer.counts
         counts = {"lost": c.lost, "duplicates": c.duplicates, "removed": c.removed}
-        return [Reading(f"request_log_{n}_total", float(v), since=self.since) for n, v in counts.items()]
+        return [Reading(f"request_log_{n}_total", float(v)) for n, v in counts.items()]
 
     def close(self) -> None:
         "Let go of the file."

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary, WeakSet
 
+from ..monitoring.board import Board
 from ..monitoring.jsonlog import note
 from ..monitoring.metrics import ServerMetrics
-from ..monitoring.plane import Board
 from ..monitoring.requestlog import RequestRow
 from ..security.access import KeyStore, Limits, Principal, new_key
 from ..security.limits import LimitError, RateLimiter
