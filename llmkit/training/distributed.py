@@ -27,8 +27,8 @@ from .scaling import Scaler, clip
 
 # %% auto #0
 __all__ = ['Optimizers', 'PRECISIONS', 'STRATEGIES', 'Verified', 'Stepping', 'Strategy', 'Objective', 'bare', 'listed',
-           'checksum', 'digest', 'place', 'choose_device', 'Arithmetic', 'Steps', 'Alone', 'Single', 'trained',
-           'stepped', 'make_strategy']
+           'checksum', 'digest', 'place', 'choose_device', 'Steps', 'Alone', 'Single', 'trained', 'stepped',
+           'make_strategy']
 
 # %% ../../nbs/training/02_distributed.ipynb #58de2dd3
 Optimizers = Optimizer | list[Optimizer]
@@ -156,8 +156,8 @@ def choose_device(wanted: str = "auto") -> torch.device:
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # %% ../../nbs/training/02_distributed.ipynb #4a747c81
-class Arithmetic:
-    "Precision and gradients, the same in one process and in many."
+class Steps:
+    "Scaling, clipping and updating, the same in one process and in many."
 
     def __init__(self, precision: str = "fp32", device: str = "auto") -> None:
         if precision not in PRECISIONS:
@@ -175,10 +175,6 @@ class Arithmetic:
     def backward(self, loss: torch.Tensor, model: nn.Module) -> None:
         "Add the gradients of `loss`, which the caller has divided by the number of micro-batches."
         (loss * self.scaler.scale if self.scaler else loss).backward()
-
-# %% ../../nbs/training/02_distributed.ipynb #4953067a
-class Steps(Arithmetic):
-    "Scaling, clipping and updating, the same in one process and in many."
 
     def step(self, model: nn.Module, optimizer: Optimizers, max_norm: float = 0.0) -> float:
         "Clip (0 does not), update, clear; the norm of the whole gradient before clipping."
