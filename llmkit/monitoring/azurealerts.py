@@ -14,8 +14,8 @@ from .alerts import AlertRule, as_duration
 from .evaluator import alert_labels, alert_texts
 
 # %% auto #0
-__all__ = ['ESCAPED', 'SEVERITY', 'WINDOWS', 'OPERATORS', 'HEAD', 'MOST', 'Code', 'bicep', 'iso', 'group_rule', 'rhythm', 'query',
-           'scheduled_query', 'azure_alerts']
+__all__ = ['ESCAPED', 'SEVERITY', 'WINDOWS', 'OPERATORS', 'HEAD', 'PEOPLE', 'MOST', 'Code', 'bicep', 'iso', 'group_rule',
+           'rhythm', 'query', 'scheduled_query', 'azure_alerts']
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #97ba4b40
 class Code(str):
@@ -132,25 +132,27 @@ param mails array = []
 @description('Addresses that get alerts as JSON (common alert schema).')
 @secure()
 param webhooks object = {{}}
+"""
 
-resource people 'Microsoft.Insights/actionGroups@2023-01-01' = {{
+# %% ../../nbs/monitoring/07l_azurealerts.ipynb #67b0c095
+PEOPLE = """resource people 'Microsoft.Insights/actionGroups@2023-01-01' = {
   name: 'llmkit'
   location: 'global'
-  properties: {{
+  properties: {
     groupShortName: 'llmkit'
     enabled: true
-    emailReceivers: [for (mail, i) in mails: {{
-      name: 'mail${{i}}'
+    emailReceivers: [for (mail, i) in mails: {
+      name: 'mail${i}'
       emailAddress: mail
       useCommonAlertSchema: true
-    }}]
-    webhookReceivers: [for hook in items(webhooks): {{
+    }]
+    webhookReceivers: [for hook in items(webhooks): {
       name: hook.key
       serviceUri: hook.value
       useCommonAlertSchema: true
-    }}]
-  }}
-}}
+    }]
+  }
+}
 """
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #b13717f2
@@ -161,7 +163,7 @@ def azure_alerts(rules: Sequence[AlertRule]) -> str:
     "What stands in alerts.bicep."
     known = [r for r in rules if r.condition.signal.kql]
     missing = ", ".join(r.name for r in rules if r not in known) or "none"
-    return "\n".join([HEAD.format(missing=missing), *_resources(rules, known)])
+    return "\n".join([HEAD.format(missing=missing), PEOPLE, *_resources(rules, known)])
 
 # %% ../../nbs/monitoring/07l_azurealerts.ipynb #3bc881c3
 def _resources(rules: Sequence[AlertRule], known: Sequence[AlertRule]) -> Iterator[str]:

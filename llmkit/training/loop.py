@@ -27,8 +27,8 @@ from .stream import Batch, Batches
 logger = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['logger', 'lost', 'Step', 'checked_step', 'balanced', 'Training', 'fit', 'meter_for', 'state_for', 'write_gathered',
-           'read_gathered']
+__all__ = ['logger', 'lost', 'Step', 'checked_step', 'balanced', 'Held', 'Training', 'fit', 'meter_for', 'state_for',
+           'write_gathered', 'read_gathered']
 
 # %% ../../nbs/training/01d_loop.ipynb #4584c1b8
 def lost(what: str, step: int, batch: Batch, why: str, state: State | None) -> RunError:
@@ -73,7 +73,7 @@ def balanced(loss: Callable[..., torch.Tensor], stats: RouterStats, padding: int
 
 # %% ../../nbs/training/01d_loop.ipynb #31ce12e9
 @dataclass
-class Training:
+class Held:
     "What a loop holds while it runs."
 
     net: Any
@@ -86,6 +86,21 @@ class Training:
     meter: Meter
     routers: RouterStats
     what: str
+
+    def routing(self, done: int) -> dict[str, float]:
+        "What the routers did since the last time, over all ranks, when somebody will be told."
+        due = self.routers.handles and self.meter.due(done)
+        return self.routers.read(everywhere=True).metrics() if due else {}
+
+    def save(self, done: int) -> None:
+        "A checkpoint after `done` steps."
+        if self.state:
+            self.point.done, self.point.cursor = done, self.batches.cursor()
+            self.state.save(self.point, self.net, self.optimizer, self.strategy)
+
+# %% ../../nbs/training/01d_loop.ipynb #e0eeccaa
+class Training(Held):
+    "The steps of a loop."
 
     def step(self, step: int) -> bool:
         "One step; whether this or another rank was told to stop."
@@ -102,16 +117,15 @@ class Training:
         self.meter.update(step + 1, batch.tokens(), self.routing(step + 1), **numbers)
         return done.told
 
-    def routing(self, done: int) -> dict[str, float]:
-        "What the routers did since the last time, over all ranks, when somebody will be told."
-        due = self.routers.handles and self.meter.due(done)
-        return self.routers.read(everywhere=True).metrics() if due else {}
-
-    def save(self, done: int) -> None:
-        "A checkpoint after `done` steps."
-        if self.state:
-            self.point.done, self.point.cursor = done, self.batches.cursor()
-            self.state.save(self.point, self.net, self.optimizer, self.strategy)
+    def run(self) -> None:
+        "The steps that are left; `Preempted` if told to stop before the last."
+        for step in range(self.point.done, self.recipe.steps):
+            asked = self.step(step)
+            if asked or (self.state and self.state.due(step + 1, self.recipe.steps)):
+                self.save(step + 1)
+            if asked and self.state and step + 1 < self.recipe.steps:
+                why = f"told to stop after {self.what} {step + 1}"
+                raise Preempted(why, f"start it again to go on from {self.state.folder}")
 
 # %% ../../nbs/training/01d_loop.ipynb #a0649ba6
 def fit(
@@ -143,13 +157,7 @@ def fit(
         batches.seek(point.cursor)
         meter = meter_for(model, recipe, strategy, point.done, what, log)
         stack.callback(meter.close)
-        run = Training(net, optimizer, batches, recipe, strategy, state, point, meter, routers, what)
-        for step in range(point.done, recipe.steps):
-            asked = run.step(step)
-            if asked or (state and state.due(step + 1, recipe.steps)):
-                run.save(step + 1)
-            if asked and state and step + 1 < recipe.steps:
-                raise Preempted(f"told to stop after {what} {step + 1}", f"start it again to go on from {state.folder}")
+        Training(net, optimizer, batches, recipe, strategy, state, point, meter, routers, what).run()
         if gathered:
             write_gathered(strategy, net, Path(gathered))
     return point.losses
