@@ -102,8 +102,9 @@ class Failing(Patient):
         if left <= 0 and self.failures >= self.tries:
             return self.give_up(state, e)
         if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: it may go on for days
-            data = {"times": self.failures, "until": None if math.isinf(left) else time.time() + max(0.0, left)}
-            data["then"] = state.plan.get("unreachable", "pause") if state.phase == "stage" else "pause"
+            until = None if math.isinf(left) else time.time() + max(0.0, left)
+            then = state.plan.get("unreachable", "pause") if state.phase == "stage" else "pause"
+            data = {"times": self.failures, "until": until, "then": then}
             return self.book.write(state, "failed", data, why=str(e))
         return state
 
