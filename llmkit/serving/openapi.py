@@ -69,7 +69,7 @@ FIELDS |= {
     "array": "choices output data tokens revisions adapters",
     "object": "usage routes shadows salts drift unwatched",
 }
-FIELDS |= {"integer": "created created_at count max_model_len"}
+FIELDS |= {"integer": "created created_at count max_model_len", "number": "began"}
 TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 
 # %% ../../nbs/serving/05d_openapi.ipynb #aa93bed2
