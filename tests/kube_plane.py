@@ -44,7 +44,11 @@ def several(item: dict[str, Any], most: int) -> dict[str, Any]:
 
 
 # The parts of the published types that a rollout's manifests use: Gateway API v1, Knative v1, KServe v1beta1.
-BACKEND = strict({"name": NAME, "port": {"type": "integer", "minimum": 1, "maximum": 65535}, "weight": WEIGHT}, "name")
+PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+FILTER = {"type": "object", "required": ["type"]}
+BACKEND = strict(
+    {"name": NAME, "namespace": NAME, "port": PORT, "weight": WEIGHT, "filters": several(FILTER, 16)}, "name"
+)
 PATH = strict({"type": {"enum": ["Exact", "PathPrefix", "RegularExpression"]}, "value": {"type": "string"}})
 RULE = strict({"matches": several(strict({"path": PATH}), 64), "backendRefs": several(BACKEND, 16)})
 ROUTE = strict(
@@ -68,7 +72,8 @@ CONTAINER = strict(
     "name",
 )
 PREDICTOR = strict({"containers": several(CONTAINER, 8), "canaryTrafficPercent": PERCENT}, "containers")
-TRAFFIC = strict({"revisionName": NAME, "percent": PERCENT, "latestRevision": {"type": "boolean"}}, "percent")
+TARGET = {"revisionName": NAME, "percent": PERCENT, "latestRevision": {"type": "boolean"}, "tag": NAME}
+TRAFFIC = strict(TARGET)
 SCHEMAS = {
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): ROUTE,
     ("serving.kserve.io/v1beta1", "InferenceService"): strict({"predictor": PREDICTOR}, "predictor"),
@@ -84,7 +89,7 @@ def check(thing: dict[str, Any]) -> None:
     except (jsonschema.ValidationError, KeyError) as e:
         raise ValueError(getattr(e, "message", f"no matches for kind {e}")) from e
     traffic = thing["spec"].get("traffic")
-    if traffic and sum(t["percent"] for t in traffic) != 100:
+    if traffic and sum(t.get("percent", 0) for t in traffic) != 100:
         raise ValueError("Traffic targets sum to something else than 100")
 
 

@@ -202,3 +202,30 @@ def use(url: str, over: threading.Event) -> None:
     """Be the users of a server until it is over."""
     while not over.is_set():
         drive(url, ["def f(x):"] * 40, max_tokens=2)
+
+
+def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path) -> None:
+    """It forgets the split and is out of reach for longer than six tries take; the rollout waits, and puts it back."""
+    mock_model(tmp_path / "model")
+    models, log = {"old": tmp_path / "model", "new": tmp_path / "model"}, tmp_path / "requests.db"
+    plan = Plan.from_dict({"stages": [{"weight": 0.3, "max_requests": 10_000}], "gates": ["errors"]})
+    state = RolloutState(alias="llmkit", canary="new", stable="old", plan=plan.to_dict())
+    book, admin_key = begin_rollout(state, tmp_path / "rollouts"), "an-admins-key"
+    with ServerProcess(models, engine="mock", log=log, admin_key=admin_key) as server:
+        port = int(server.base.rsplit(":", 1)[1])
+        admin = AdminClient(server.base, admin_key)
+        controller = Controller(book, RouterBackend(admin), LogSignals(log, every=0.0), backoff=0.0)
+        while controller.step().looks < 2:
+            pass
+    for _ in range(20):
+        assert not controller.step().paused
+    with ServerProcess(models, engine="mock", log=log, admin_key=admin_key, port=port):
+        assert admin.routes()["llmkit"] == {"old": 1.0}
+        while (now := controller.step()).looks < 4:
+            assert not now.paused
+        assert admin.routes()["llmkit"] == {"old": 0.7, "new": 0.3}
+    admin.close()
+    assert [e.kind for e in book.entries() if e.kind in ("restarted", "recovered", "pause")] == [
+        "restarted",
+        "recovered",
+    ]

@@ -139,6 +139,27 @@ def test_a_change_of_somebody_else_stays(plane: Plane) -> None:
     assert [s for m, s in plane.log if m == "PATCH"] == [409, 200]
 
 
+def test_what_is_not_ours_stays(plane: Plane) -> None:
+    """Two services of one name are two revisions; filters, other rules and tags stay, there and back."""
+    head = [{"type": "RequestHeaderModifier", "requestHeaderModifier": {"set": [{"name": "x-arm", "value": "1"}]}}]
+    refs = [{"name": "llm", "namespace": n, "port": 80, "weight": w} for n, w in (("blue", 100), ("green", 0))]
+    route = http_route("two", "g", SPLIT, namespace="llm")
+    route["spec"]["rules"] = [{"backendRefs": [refs[0] | {"filters": head}, refs[1]]}, {"backendRefs": refs}]
+    traffic = [{"tag": "now", "revisionName": "llm-1", "percent": 100}, {"tag": "newest", "latestRevision": True}]
+    service = SERVICE | {"metadata": {"name": "two", "namespace": "llm"}, "spec": {"traffic": traffic}}
+    paths = [plane.add("httproutes", route, accepted), plane.add("services", service, routed)]
+    with Cluster(read_kubeconfig(plane.kubeconfig)) as cluster:
+        backends = [(RouteBackend(cluster, "two"), "blue/llm", "green/llm")]
+        backends += [(KnativeBackend(cluster, "two"), "llm-1", "llm-2")]  # type: ignore[list-item]
+        for backend, old, new in backends:
+            for split in ({old: 0.8, new: 0.2}, {new: 1.0}, {old: 1.0}):
+                move_traffic(backend, split, every=0.01)
+                assert backend.traffic() == split
+    after = [plane.things[p]["spec"] for p in paths]
+    assert after[0] == route["spec"]
+    assert after[1] == {"traffic": [traffic[0], traffic[1] | {"percent": 0}]}
+
+
 def test_what_the_cluster_refuses(backend: ObjectBackend, plane: Plane) -> None:
     knows = not isinstance(backend, KnativeBackend)  # Knative itself knows which revisions there are
     with pytest.raises(ConfigError, match="llm-9") if knows else contextlib.nullcontext():

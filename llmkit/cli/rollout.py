@@ -76,28 +76,29 @@ def read_plan(
         values = {"hold": True} | values
     return Plan.from_dict(values)
 
-# %% ../../nbs/cli/11_rollout.ipynb #ebeb0460
+# %% ../../nbs/cli/11_rollout.ipynb #9c7c71ea
 @app.command()
 def plan(
     file: Annotated[str, typer.Argument(help="The plan, YAML or JSON; the default plan without it.")] = "",
     rps: Annotated[float, typer.Option(help="Requests a second, both revisions together.")] = 20.0,
-    base: Annotated[float, typer.Option(help="Share of bad requests at the stable revision.")] = 0.01,
+    base: Annotated[list[str], typer.Option(help="Share of bad requests at the stable one, or GATE=SHARE.")] = ["0.01"],  # noqa: B006
     effect: Annotated[float, typer.Option(help="What a bad canary adds to it.")] = 0.01,
+    gate: Annotated[str, typer.Option(help="The gate that it adds it to; the first without it.")] = "",
     propose: Annotated[bool, typer.Option(help="Also stages that work.")] = False,
     runs: Annotated[int, typer.Option(min=50, help="Simulated canaries of either kind.")] = 500,
 ) -> None:
     "Say what a plan finds at this traffic, how long it takes, and where it cannot work."
     from llmkit.deployment import power
 
-    chosen = read_plan(file)
-    if not (0 < base < 1 and 0 < effect < 1 - base and rps > 0):
-        what = f"--base {base:g}, --effect {effect:g} and --rps {rps:g} say nothing to simulate"
+    chosen, bases = read_plan(file), power.bases_of(base)
+    if not all(0 < b < 1 for b in bases.values()) or not 0 < effect < 1 or rps <= 0:
+        what = f"--base {' --base '.join(base)}, --effect {effect:g} and --rps {rps:g} say nothing to simulate"
         raise ConfigError(what, "give shares above 0, together below 1, and some traffic")
-    print(power.table(power.power(chosen, rps, base, effect, runs=runs)))
+    print(power.table(power.power(chosen, rps, bases, effect, gate, runs=runs)))
     if propose:
         import yaml
 
-        better = power.propose(rps, base, effect, plan=chosen, runs=runs)
+        better = power.propose(rps, bases, effect, gate, plan=chosen, runs=runs)
         stages = [{"traffic": float(f"{s.weight * 100:.5g}"), "duration": s.duration or "∞"} for s in better.stages]
         print("\nstages that work at this traffic:")
         print(yaml.safe_dump({"stages": stages}, sort_keys=False, default_flow_style=None, allow_unicode=True).strip())
@@ -190,6 +191,7 @@ def status(id: Id = "", as_json: Json = False) -> None:
     facts = {"rollout": book.folder.name, "alias": state.alias, "canary": state.canary, "stable": state.stable}
     facts |= {"state": str(state), "so far": time_of(state), "traffic": read + asked, "requests": f"{state.requests:,}"}
     facts |= {"why": state.reason} if state.phase != "done" else {}
+    facts |= {"trouble": told(entries[-1])} if entries[-1].kind == "failed" else {}
     facts |= {"begun": f"{when(entries[0].time)} by {entries[0].who}"}
     if state.phase != "done" and not running(book.folder):
         facts["at work"] = f"nobody; go on with: llmkit rollout resume {book.folder.name}"

@@ -37,7 +37,11 @@ def told(entry: Any) -> str:
     if entry.kind == "settled":
         return f"traffic is {Target.from_dict(data['traffic'])}"
     if entry.kind == "failed":
-        return f"try {data['times']} failed{why}"
+        what = "goes back" if data.get("then") == "rollback" else "pauses"
+        until = f"it {what} at {when(data['until'])} if that lasts" if data.get("until") else "it goes on trying"
+        return f"try {data['times']} failed{why}; {until}"
+    if entry.kind == "restarted":
+        return f"restarted{why}; it gets {Target.from_dict(data['wants'])} again"
     if entry.kind == "baseline":
         return "baseline: what is normal is measured on the stable revision's requests"
     if entry.kind == "begin" and data["phase"] == "stage":

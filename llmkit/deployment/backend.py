@@ -14,8 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from ..core.errors import ConfigError, ServiceError
 
 # %% auto #0
-__all__ = ['Backend', 'Shadowing', 'Salting', 'Choosy', 'Target', 'equal_traffic', 'read_target', 'is_there', 'ask', 'Admin',
-           'RouterBackend', 'deal', 'settle', 'move_traffic']
+__all__ = ['Backend', 'Shadowing', 'Salting', 'Choosy', 'Mortal', 'began', 'Moved', 'Target', 'equal_traffic', 'read_target',
+           'is_there', 'ask', 'Admin', 'RouterBackend', 'deal', 'settle', 'move_traffic']
 
 # %% ../../nbs/deployment/04_backend.ipynb #b1225ddb
 class Backend(Protocol):
@@ -63,6 +63,24 @@ class Choosy(Protocol):
     def possible(self, weights: Mapping[str, float]) -> None:
         "`ConfigError` for weights that it cannot have."
         ...
+
+# %% ../../nbs/deployment/04_backend.ipynb #cc061c27
+@runtime_checkable
+class Mortal(Protocol):
+    "The part of a back end that forgets its weights when it begins anew."
+
+    def began(self) -> float:
+        "When it began, seconds since the epoch; 0 if it does not say."
+        ...
+
+
+def began(backend: Backend) -> float:
+    "When a back end began, if it forgets its weights and says so; else 0."
+    return backend.began() if isinstance(backend, Mortal) else 0.0
+
+
+class Moved(ServiceError):
+    "The traffic is not what was read back before: somebody else has moved it."
 
 # %% ../../nbs/deployment/04_backend.ipynb #6c156dc7
 @dataclass(frozen=True)
@@ -132,6 +150,10 @@ class Admin(Protocol):
         "The route table: alias -> {revision: weight}."
         ...
 
+    def began(self) -> float:
+        "When the server began."
+        ...
+
     def set_routes(self, alias: str, weights: Mapping[str, float]) -> Any:
         "Replace the weights of one alias."
         ...
@@ -165,6 +187,10 @@ class RouterBackend:
         if self.alias not in routes:
             raise ServiceError(f"the server has no alias {self.alias!r}", f"it has {', '.join(routes) or 'none'}")
         return {r: w for r, w in routes[self.alias].items() if w > 0}
+
+    def began(self) -> float:
+        "When the server began."
+        return self.admin.began()
 
     def set_traffic(self, weights: Mapping[str, float]) -> None:
         "Replace the weights of the alias."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import math
 import os
 import socket
 import time
@@ -17,13 +18,15 @@ from pathlib import Path
 
 from ..core.errors import ConfigError, LLMKitError, RunError
 from ..core.run import locked
-from .backend import settle
+from .backend import Moved, settle
 from .journal import Book, JournalError, Order, claim, release
 from .phases import Ending
+from .plan import duration, seconds
 from .state import RolloutState
 
 # %% auto #0
-__all__ = ['Obeying', 'refusal', 'Failing', 'Stepper', 'Controller', 'rollouts_home', 'whoami', 'begin_rollout', 'controlled']
+__all__ = ['Obeying', 'refusal', 'Patient', 'Failing', 'Stepper', 'Controller', 'rollouts_home', 'whoami', 'begin_rollout',
+           'controlled']
 
 # %% ../../nbs/deployment/04e_controller.ipynb #c65fa73d
 class Obeying(Ending):
@@ -60,21 +63,55 @@ def refusal(state: RolloutState, order: Order) -> str:
     return ""
 
 # %% ../../nbs/deployment/04e_controller.ipynb #dc79c232
-class Failing(Obeying):
+class Patient(Obeying):
+    "A controller that knows how long it may wait for what fails."
+
+    def left(self, state: RolloutState, e: Exception) -> float:
+        "Seconds that a failure may still last; without end on the way back, and where somebody is asked already."
+        if state.phase == "rolling_back" or state.paused:
+            return math.inf
+        if isinstance(e, Moved):
+            return 0.0
+        patience = seconds(state.plan.get("patience", "10m")) if self.patience is None else self.patience
+        return patience - (time.monotonic() - self.since)
+
+    def give_up(self, state: RolloutState, e: Exception) -> RolloutState:
+        "Pause, or take a stage back that nobody can watch, as the plan says."
+        why = str(e) if isinstance(e, Moved) else f"{self.tried()} failed: {e}"
+        if state.phase == "stage" and state.plan.get("unreachable") == "rollback" and not isinstance(e, Moved):
+            return self.back(state, "held", why)
+        settled = state.settled or not state.confirmed  # what was under way is taken back, what is not ours stays
+        new = replace(state, paused=why, settled=settled)
+        return self.book.write(new, "pause", {"wants": new.goal().to_dict()}, "llmkit", why)
+
+    def tried(self) -> str:
+        "How often it was tried, and for how long."
+        return f"{self.failures} tries in {duration(time.monotonic() - self.since)}"
+
+# %% ../../nbs/deployment/04e_controller.ipynb #2ac2d9e2
+class Failing(Patient):
     "A controller that survives what fails."
 
     def failed(self, state: RolloutState, e: Exception) -> RolloutState:
-        "Try again later, or pause."
+        "Try again later, or give up."
+        self.since = self.since if self.failures else time.monotonic()
         self.failures, self.error = self.failures + 1, self.error or e
         if isinstance(e, ConfigError) and not state.paused and state.phase in ("planned", "baseline", "stage"):
             return self.back(state, "aborted", str(e))
-        if state.phase != "rolling_back" and not state.paused and self.failures >= self.tries:
-            settled = state.settled or not state.confirmed  # what was under way is taken back, what is not ours stays
-            new = replace(state, paused=str(e), settled=settled)
-            return self.book.write(new, "pause", {"wants": new.goal().to_dict()}, "llmkit", str(e))
+        left = self.left(state, e)
+        if left <= 0 and self.failures >= self.tries:
+            return self.give_up(state, e)
         if self.failures & (self.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...: it may go on for days
-            return self.book.write(state, "failed", {"times": self.failures}, why=str(e))
+            until = None if math.isinf(left) else time.time() + max(0.0, left)
+            then = state.plan.get("unreachable", "pause") if state.phase == "stage" else "pause"
+            data = {"times": self.failures, "until": until, "then": then}
+            return self.book.write(state, "failed", data, why=str(e))
         return state
+
+    def recovered(self, state: RolloutState) -> RolloutState:
+        "What failed works again."
+        why, self.failures, self.error = f"{self.tried()} had failed", 0, None
+        return state if state.phase == "done" else self.book.write(state, "recovered", why=why)
 
     def pause_s(self) -> float:
         "Seconds to wait after so many failures."
@@ -107,12 +144,10 @@ class Stepper(Failing):
         elif state.paused:
             return state
         else:
-            if state.phase in ("baseline", "stage", "standby", "promoting"):
-                self.check(state)
-            new = getattr(self, state.phase)(state)
-        if self.failures and not state.paused:
-            self.failures, self.error = 0, None
-        return new
+            watched = state.phase in ("baseline", "stage", "standby", "promoting")
+            now = self.check(state) if watched else state
+            new = getattr(self, state.phase)(state) if now is state else now
+        return self.recovered(new) if self.failures and not state.paused else new
 
 # %% ../../nbs/deployment/04e_controller.ipynb #0164c53d
 class Controller(Stepper):

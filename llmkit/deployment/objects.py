@@ -5,7 +5,7 @@
 # %% ../../nbs/deployment/07a_objects.ipynb #88ce7043
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -15,8 +15,8 @@ from ..core.resilience import retry
 from .kubernetes import Cluster, Conflict, Kind
 
 # %% auto #0
-__all__ = ['ROUTE', 'KNATIVE', 'KSERVE', 'http_route', 'percents', 'inference_service', 'Kinded', 'ObjectBackend', 'RouteBackend',
-           'knative_shares', 'KnativeBackend', 'KServeBackend']
+__all__ = ['ROUTE', 'KNATIVE', 'KSERVE', 'http_route', 'percents', 'inference_service', 'Kinded', 'ObjectBackend', 'refs_named',
+           'RouteBackend', 'knative_shares', 'KnativeBackend', 'KServeBackend']
 
 # %% ../../nbs/deployment/07a_objects.ipynb #62f95b08
 ROUTE = Kind("gateway.networking.k8s.io", "v1", "httproutes")
@@ -129,6 +129,19 @@ class ObjectBackend(Kinded):
 
         change()
 
+# %% ../../nbs/deployment/07a_objects.ipynb #a96456bc
+def refs_named(refs: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
+    "Backends of a rule by the shortest name that only one of them has: NAME, NAMESPACE/NAME or NAMESPACE/NAME:PORT."
+    wheres = [f"{b.get('namespace', '')}/{b['name']}" for b in refs]
+    names = [(b["name"], w, f"{w}:{b.get('port', '')}") for b, w in zip(refs, wheres, strict=True)]
+    found: dict[str, Any] = {}
+    for forms, ref in zip(names, refs, strict=True):
+        lone = next((f for i, f in enumerate(forms) if [n[i] for n in names].count(f) == 1), "")
+        if not lone:
+            raise ConfigError(f"{where} has two backends {forms[2]}", "a rollout cannot tell them apart: drop one")
+        found[lone] = ref
+    return found
+
 # %% ../../nbs/deployment/07a_objects.ipynb #064f4c16
 class RouteBackend(ObjectBackend):
     "A Gateway API HTTPRoute: revisions are the names of the services behind one of its rules."
@@ -147,23 +160,23 @@ class RouteBackend(ObjectBackend):
             raise ServiceError(f"{self.name}: the gateway refuses the route: {refused.get('message', '')}", "mend it")
         return min((int(c.get("observedGeneration", 0)) for c in seen if c["status"] == "True"), default=0)
 
-    def backends(self, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-        "The services of the rule."
+    def backends(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        "The services of the rule by name."
         rules = found["spec"].get("rules") or []
         if self.rule >= len(rules):
             raise ConfigError(f"{self.name} has {len(rules)} rules, none of number {self.rule}", "count from 0")
-        return rules[self.rule].get("backendRefs") or []
+        return refs_named(rules[self.rule].get("backendRefs") or [], f"rule {self.rule} of {self.name}")
 
     def shares(self, found: Mapping[str, Any]) -> dict[str, float]:
         "The weights of the services; one without a weight has 1."
-        weights = {b["name"]: int(b.get("weight", 1)) for b in self.backends(found)}
+        weights = {n: int(b.get("weight", 1)) for n, b in self.backends(found).items()}
         whole = sum(weights.values())
         return {n: w / whole for n, w in weights.items()} if whole else {}
 
     def change(self, found: Mapping[str, Any], weights: dict[str, int]) -> dict[str, Any]:
         "All rules as they are, with other weights in one of them."
         rules = deepcopy(found["spec"]["rules"])
-        backends = {b["name"]: b for b in self.backends({"spec": {"rules": rules}})}
+        backends = self.backends({"spec": {"rules": rules}})
         if unknown := next((n for n in weights if n not in backends), None):
             raise ConfigError(f"{self.name} has no service {unknown!r} behind it", nearest(unknown, backends))
         for name, backend in backends.items():
@@ -190,8 +203,14 @@ class KnativeBackend(ObjectBackend):
         return knative_shares(found.get("status", {}).get("traffic") or [])
 
     def change(self, found: Mapping[str, Any], weights: dict[str, int]) -> dict[str, Any]:
-        "The traffic list anew."
-        return {"traffic": [{"revisionName": n, "percent": w, "latestRevision": False} for n, w in weights.items()]}
+        "The traffic list with other shares; an entry goes if all it had was a share."
+        left, entries = dict(weights), []
+        for entry in found["spec"].get("traffic") or []:
+            share = 0 if entry.get("latestRevision") else left.pop(entry.get("revisionName", ""), 0)
+            if share or entry.get("tag") or not entry.get("percent"):
+                entries.append({**entry, "percent": share})
+        new = [{"revisionName": n, "percent": w, "latestRevision": False} for n, w in left.items() if w]
+        return {"traffic": entries + new}
 
 # %% ../../nbs/deployment/07a_objects.ipynb #a98858e0
 class KServeBackend(ObjectBackend):

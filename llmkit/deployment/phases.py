@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from ..core.errors import ConfigError, ServiceError
-from .backend import Backend, Choosy, is_there, read_target, settle
+from ..core.errors import ConfigError
+from .backend import Backend, Choosy, Moved, began, is_there, read_target, settle
 from .journal import Book, Order
 from .judge import Decision, JudgeState, decide, extend, look, readings, start
 from .plan import Plan
@@ -20,8 +20,8 @@ from .signals import Look, Signals
 from .state import Outcome, Phase, RolloutState
 
 # %% auto #0
-__all__ = ['OTHER', 'Champion', 'fresh', 'used_up', 'judged_plan', 'last', 'Stepping', 'Settling', 'Preparing', 'Following',
-           'Judging', 'Ending']
+__all__ = ['OTHER', 'Champion', 'fresh', 'used_up', 'judged_plan', 'last', 'Stepping', 'Going', 'Settling', 'Checking',
+           'Preparing', 'Following', 'Judging', 'Ending']
 
 # %% ../../nbs/deployment/04d_phases.ipynb #926e0637
 class Champion(Protocol):
@@ -38,7 +38,7 @@ class Champion(Protocol):
 # %% ../../nbs/deployment/04d_phases.ipynb #9c65e40d
 def fresh(state: RolloutState, phase: Phase, **changes: Any) -> RolloutState:
     "The state at the beginning of a phase: its traffic is still to be settled, its evidence still to be collected."
-    new: dict[str, Any] = {"phase": phase, "settled": False, "paused": "", "looks": 0, "used": 0}
+    new: dict[str, Any] = {"phase": phase, "settled": False, "paused": "", "looks": 0, "used": 0, "restarts": 0}
     return replace(state, **(new | {"elapsed": 0.0, "judge": None} | changes))
 
 # %% ../../nbs/deployment/04d_phases.ipynb #6822fbd9
@@ -75,16 +75,22 @@ class Stepping:
         backend: Backend,
         signals: Signals,
         champion: Champion | None = None,
-        tries: int = 6,  # of what fails, before the rollout pauses; going back is tried for ever
+        tries: int = 6,  # of what fails, at least, before the rollout pauses; going back is tried for ever
         backoff: float = 0.2,  # seconds after the first failure, doubled after each
-        cap: float = 30.0,  # seconds between two tries at most
+        cap: float = 10.0,  # seconds between two tries at most
         timeout: float = 10.0,  # seconds for a change of traffic to take effect
         clock: Callable[[], float] = time.time,
+        patience: float | None = None,  # seconds of failures before the rollout pauses; None: what the plan says
     ) -> None:
         self.book, self.backend, self.signals, self.champion = book, backend, signals, champion
         self.tries, self.backoff, self.cap, self.timeout, self.clock = tries, backoff, cap, timeout, clock
+        self.patience, self.since = patience, 0.0  # when the first of the failures was, by a clock that only runs on
         self.failures, self.short = 0, False  # in a row; whether there was too little of the stable revision to measure
         self.error: Exception | None = None  # the first of them
+
+# %% ../../nbs/deployment/04d_phases.ipynb #fbcc865d
+class Going(Stepping):
+    "A controller that goes from phase to phase."
 
     def go(
         self, state: RolloutState, phase: Phase, kind: str, order: Order | None = None, **changes: Any
@@ -108,7 +114,7 @@ class Stepping:
         return self.book.write(new, "done", {"outcome": state.outcome}, who, why, forget=True, order=order)
 
 # %% ../../nbs/deployment/04d_phases.ipynb #af1564d2
-class Settling(Stepping):
+class Settling(Going):
     "A controller that brings the traffic to where the phase wants it."
 
     def settle(self, state: RolloutState) -> RolloutState:
@@ -116,6 +122,7 @@ class Settling(Stepping):
         goal = state.goal()
         settle(self.backend, goal, self.timeout)
         changes: dict[str, Any] = {"settled": True, "confirmed": goal.to_dict(), "clock": self.clock()}
+        changes["began"] = began(self.backend)
         if state.phase == "stage" and not state.paused:
             changes["cursor"] = self.signals.begin(state)
             if state.judge is None:
@@ -123,17 +130,32 @@ class Settling(Stepping):
         data = {"traffic": goal.to_dict(), "cursor": changes.get("cursor", {})}
         return self.book.write(replace(state, **changes), "settled", data)
 
-    def check(self, state: RolloutState) -> None:
-        "`ServiceError` if the traffic is not what was read back: somebody else moved it, or the server began anew."
-        found, goal = read_target(self.backend), state.goal()
+# %% ../../nbs/deployment/04d_phases.ipynb #e6a3ba2d
+class Checking(Settling):
+    "A controller that notices who else moves the traffic."
+
+    def check(self, state: RolloutState) -> RolloutState:
+        "The state, or the one after a restart of the server; `Moved` if somebody else has moved the traffic."
+        found, goal, at = read_target(self.backend), state.goal(), began(self.backend)
+        if state.began and at != state.began:
+            return self.anew(state, f"the server began anew, and its traffic is {found}", at)
         if not is_there(found, goal):
-            raise ServiceError(f"traffic is {found}, not {goal}", "resume puts it back, abort gives all to the stable")
+            raise Moved(f"traffic is {found}, not {goal}", "resume puts it back, abort gives all to the stable")
+        return state
+
+    def anew(self, state: RolloutState, why: str, at: float) -> RolloutState:
+        "After a restart the traffic is put back, but not for ever: it may be the canary that ends the server."
+        new, most = replace(state, settled=False, began=at, restarts=state.restarts + 1), state.plan.get("restarts", 2)
+        if state.phase == "stage" and new.restarts > most:
+            why = f"the server began anew {new.restarts} times in a stage, more than {most}: is {state.canary} why?"
+            return self.back(state, "held", why)
+        return self.book.write(new, "restarted", {"wants": new.goal().to_dict(), "times": new.restarts}, why=why)
 
 # %% ../../nbs/deployment/04d_phases.ipynb #4c840ceb
 OTHER = "finish the other rollout or experiment first, or name the revision that has the traffic as stable"
 
 
-class Preparing(Settling):
+class Preparing(Checking):
     "The phases before the first stage."
 
     def planned(self, state: RolloutState) -> RolloutState:
@@ -144,7 +166,8 @@ class Preparing(Settling):
         if isinstance(self.backend, Choosy):
             for i in range(len(state.plan["stages"])):
                 self.backend.possible(replace(state, phase="stage", stage=i).goal().weights)
-        return self.go(state, "baseline", "baseline", settled=True, confirmed=goal.to_dict())
+        at = began(self.backend)
+        return self.go(state, "baseline", "baseline", settled=True, confirmed=goal.to_dict(), began=at)
 
     def baseline(self, state: RolloutState) -> RolloutState:
         "Measure where bad begins."

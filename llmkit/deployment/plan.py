@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -110,10 +110,13 @@ class PlanRules(Config):
     margin: Annotated[float, Gt(1)] = 2.0  # how many times as bad is too bad
     extensions: Annotated[int, Ge(0)] = 1  # how often a stage that was not enough gets its time once more
     early: bool = False  # promote as soon as the evidence is there; else a stage with a duration is watched to its end
+    patience: str = "10m"  # how long the back end or the evidence may be out of reach in a stage
+    unreachable: Literal["pause", "rollback"] = "pause"  # then: the traffic stays, or all of it goes to the stable one
+    restarts: Annotated[int, Ge(0)] = 2  # of the server in a stage; at one more the canary may be why: it goes back
 
     def validate(self) -> None:
         "There are stages, which grow, and gates with different names."
-        seconds(self.look)
+        seconds(self.look), seconds(self.patience)
         if not self.stages:
             self.fail("stages", "must have at least one stage")
         weights = [s.weight for s in self.stages]

@@ -161,7 +161,8 @@ def run_rollout(
         home = folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="llmkit-rollout-"))
         book = Book.create(home, state, "run_rollout", "")
         stack.callback(book.close)
-        controller = Controller(book, backend, LabelSignals(traffic), Promoting(promote), tries=tries, backoff=0.05)
+        how: dict[str, Any] = {"tries": tries, "backoff": 0.05, "patience": 0.0}  # somebody waits for the answer
+        controller = Controller(book, backend, LabelSignals(traffic), Promoting(promote), **how)
         try:
             ended = controller.run()
             if controller.error and ended.outcome in ("", "aborted"):

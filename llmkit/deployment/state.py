@@ -5,7 +5,7 @@
 # %% ../../nbs/deployment/04a_state.ipynb #c964137b
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from ..core.errors import DataError
@@ -54,23 +54,25 @@ class Standing:
     wait: bool = False  # whether a canary of which nobody can tell waits for a person, in place of going back
     standby_s: float = 0.0  # after the switch: seconds in which an abort is the instant way back
     crowned: bool = False  # whether the registry's champion was asked to move
+    began: float = 0.0  # when the server began whose traffic was last read back; 0: it does not say
+    restarts: int = 0  # of the server, in this phase
 
     def to_dict(self) -> dict[str, Any]:
         "As JSON has it."
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        "From what `to_dict` wrote; `DataError` for the state of another version."
-        known = {f.name for f in fields(cls)}
-        if odd := set(values) ^ known:
-            raise DataError(f"the rollout's state has {min(odd)!r} too many or too few", "use its own llmkit")
-        return cls(**values)
-
 # %% ../../nbs/deployment/04a_state.ipynb #d95f1343
 @dataclass(frozen=True, kw_only=True)
 class RolloutState(Standing):
     "Where a rollout stands, and what the traffic has to be there."
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        "From what `to_dict` wrote, by an older version, too; `DataError` for what is unknown or essential."
+        needs = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(cls)}
+        if odd := (values.keys() - needs.keys()) | {n for n in needs.keys() - values.keys() if needs[n]}:
+            raise DataError(f"the rollout's state has {min(odd)!r} too many or too few", "use its own llmkit")
+        return cls(**values)
 
     def weight(self) -> float:
         "The canary's share in this stage."

@@ -27,7 +27,8 @@ async def routes(request: HttpRequest) -> Response:
         asked = decode(RouteRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
         set_route(state, request.path_params["alias"], asked.weights, asked.shadow, asked.salt)
     router = state.router
-    return json_response({"routes": router.routes, "shadows": router.shadows, "salts": router.salts})
+    found = {"routes": router.routes, "shadows": router.shadows, "salts": router.salts}
+    return json_response(found | {"began": state.began})  # what was set before then is forgotten
 
 # %% ../../nbs/serving/05l_adminpaths.ipynb #41ffaf29
 async def revisions(request: HttpRequest) -> Response:

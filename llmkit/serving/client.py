@@ -71,6 +71,10 @@ class RouteClient(AdminConnection):
         "Alias -> revision -> weight."
         return self.call("GET", "/admin/routes")["routes"]
 
+    def began(self) -> float:
+        "When the server began, seconds since the epoch: it has forgotten what was set before; 0 if it does not say."
+        return self.call("GET", "/admin/routes").get("began", 0.0)
+
     def set_routes(self, alias: str, weights: Mapping[str, float]) -> dict[str, float]:
         "Point `alias` at `weights` (they sum to 1) from the next request on."
         return self.call("PUT", f"/admin/routes/{alias}", {"weights": dict(weights)})["routes"][alias]

@@ -30,7 +30,7 @@ from .tokens import DetokenizeRequest, TokenizeRequest
 
 # %% auto #0
 __all__ = ['FIELDS', 'TYPES', 'STREAM', 'MAKES', 'ASKS', 'TAKES', 'LOADS', 'STATE', 'ADAPTER', 'VECTORS', 'MADE', 'SAID', 'WATCH',
-           'PROBE', 'LABEL', 'ROUTES', 'LOADED', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape',
+           'PROBE', 'LABEL', 'LOADED', 'ROUTES', 'TABLE', 'AT', 'WHY', 'ErrorDetail', 'ErrorBody', 'Path', 'shape',
            'operation', 'description']
 
 # %% ../../nbs/serving/05d_openapi.ipynb #b71a68be
@@ -69,7 +69,7 @@ FIELDS |= {
     "array": "choices output data tokens revisions adapters",
     "object": "usage routes shadows salts drift unwatched",
 }
-FIELDS |= {"integer": "created created_at count max_model_len"}
+FIELDS |= {"integer": "created created_at count max_model_len", "number": "began"}
 TYPES = {name: kind for kind, names in FIELDS.items() for name in names.split()}
 
 # %% ../../nbs/serving/05d_openapi.ipynb #aa93bed2
@@ -85,7 +85,8 @@ STATE, ADAPTER, VECTORS = (
 )
 MADE, SAID = "id object created model choices usage", "id object created_at model status output usage"
 WATCH: tuple[int, ...] = (404, 409, 503)
-PROBE, LABEL, ROUTES, LOADED = "status reason", "object request_id name", "routes shadows salts", "name variant weights"
+PROBE, LABEL, LOADED = "status reason", "object request_id name", "name variant weights"
+ROUTES = "routes shadows salts began"
 
 # %% ../../nbs/serving/05d_openapi.ipynb #9e6d78a8
 TABLE = [

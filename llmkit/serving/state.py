@@ -83,7 +83,7 @@ class State:
         self.plane, self.board = new_plane(cfg, os.environ), Board(self.metrics.own)
         self.watched: WeakSet[Revision] = WeakSet()  # those that the monitor knows
         self.cache = new_cache(cfg, self.metrics)
-        self.ready, self.draining, self.failure = False, False, ""
+        self.ready, self.draining, self.failure, self.began = False, False, "", time.time()
 
     @property
     def loaded(self) -> dict[str, Revision]:
