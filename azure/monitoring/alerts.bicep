@@ -83,7 +83,7 @@ resource group 'Microsoft.AlertsManagement/prometheusRuleGroups@2023-03-01' = if
           signal: 'error_rate'
         }
         annotations: {
-          summary: 'high_error_rate: error_rate > 1%, now {{ printf "%.4g" $value }}'
+          summary: 'high_error_rate: error_rate > 1%, now {{ $value | humanizePercentage }}'
           description: 'The server itself fails requests. Look at engine restarts and at the log of errors.'
         }
         actions: [
@@ -227,7 +227,7 @@ resource group 'Microsoft.AlertsManagement/prometheusRuleGroups@2023-03-01' = if
           signal: 'disk_free'
         }
         annotations: {
-          summary: 'disk_nearly_full: disk_free < 5GB, now {{ printf "%.4g" $value }} B'
+          summary: 'disk_nearly_full: disk_free < 5GB, now {{ $value | humanize }}B'
           description: 'The request log is next to lose rows. Free space, or lower its bound.'
         }
         actions: [

@@ -33,8 +33,9 @@ Revision = Annotated[str, typer.Option(help="Only what this revision answered; a
 Json = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
-__all__ = ['SAID', 'app', 'Log', 'Key', 'Model', 'Since', 'Revision', 'Json', 'Tables', 'digits', 'put', 'rows_of', 'drift_of',
-           'drift_line', 'look_at_log', 'look_at_server', 'look', 'write_rules', 'draw', 'retrain_command', 'dashboard']
+__all__ = ['SAID', 'app', 'Log', 'Key', 'Model', 'Since', 'Revision', 'Json', 'Tables', 'SHOWN', 'digits', 'put', 'rows_of',
+           'drift_of', 'drift_line', 'look_at_log', 'look_at_server', 'shown', 'look', 'write_rules', 'draw',
+           'retrain_command', 'dashboard']
 
 # %% ../../nbs/cli/13_monitor.ipynb #088dd869
 Tables = dict[str, list[dict[str, Any]]]
@@ -161,6 +162,15 @@ def look_at_server(url: str, admin_key: str, rules: str, wait_s: float = 2.0) ->
     unseen = [] if keyed.state == "ok" else [{"what": "routes and revisions", "why": keyed.error or keyed.missing}]
     return {"Now": now, "Alerts": alerts, "Routes": seen.routes, "Revisions": seen.revisions, "Not seen": unseen}
 
+# %% ../../nbs/cli/13_monitor.ipynb #a5aa9184
+SHOWN = {"share": (100.0, "%"), "bytes": (1e-9, "GB"), "bytes a second": (1e-6, "MB a second"), "count": (1.0, "")}
+
+
+def shown(line: dict[str, Any]) -> dict[str, Any]:
+    "A line of a server's signals with value and unit as people write them."
+    scale, unit = SHOWN.get(line["unit"], (1.0, line["unit"]))
+    return line | {"value": line["value"] * scale, "unit": unit}
+
 # %% ../../nbs/cli/13_monitor.ipynb #63404627
 @app.command()
 def look(
@@ -180,6 +190,8 @@ def look(
     if not (log or url):
         raise ConfigError("there is nothing to look at", "give --log FILE, --url ADDRESS, or both")
     tables = look_at_server(url, admin_key, rules) if url else {}
+    if not as_json and url:
+        tables["Now"] = [shown(line) for line in tables["Now"]]
     put(tables | (look_at_log(log, model, since, rules, hour, tokens, by, revision) if log else {}), as_json)
 
 # %% ../../nbs/cli/13_monitor.ipynb #94e0ea2a
@@ -188,13 +200,23 @@ def write_rules(
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("monitoring"),
     rules: Rules = "",
     routes: Who = "",
+    server: Annotated[list[str], typer.Option(help="HOST:PORT of a server to scrape; may be repeated.")] = [  # noqa: B006
+        "127.0.0.1:8000"
+    ],
+    rollout: Annotated[
+        list[str] | None, typer.Option(help="HOST:PORT of a rollout's --metrics-port; may be repeated.")
+    ] = None,
 ) -> None:
     "Write alert rules, routes and dashboards for Prometheus, Alertmanager, Grafana and Azure Monitor."
     from llmkit.monitoring.alerts import read_rules
     from llmkit.monitoring.declarations import write_monitoring
 
-    made = write_monitoring(out, read_rules(Path(rules)) if rules else None, routes_of(routes) if routes else None)
+    judged, told = read_rules(Path(rules)) if rules else None, routes_of(routes) if routes else None
+    made = write_monitoring(out, judged, told, server, rollout or ())
     print("\n".join(str(path) for path in made))
+    if told is None:
+        hint = f"copy {out / 'routes.example.yml'}, name yours, and give it as --routes"
+        print(f"alertmanager.yml tells addresses at example.com, that is nobody: {hint}", file=sys.stderr)
 
 # %% ../../nbs/cli/13_monitor.ipynb #8a23c8b5
 @app.command("report")
@@ -246,16 +268,18 @@ def dashboard(
     url: Url = "http://127.0.0.1:8000",
     admin_key: Key = "",
     log: Log = "",
-    rollouts: Annotated[str, typer.Option(help="Folder of rollouts.")] = "",
+    rollouts: Annotated[str, typer.Option(help="Folder of rollouts; that of `llmkit rollout` without it.")] = "",
     loop: Annotated[str, typer.Option(help="Folder of retrainings.")] = "",
     rules: Rules = "",
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
     port: Annotated[int | None, typer.Option(help="Port of the page.")] = None,
 ) -> None:
     "Open a page with live numbers, lines, alerts and rollouts, until Ctrl-C."
+    from llmkit.deployment.controller import rollouts_home
     from llmkit.monitoring.alerts import read_rules
 
     require("gradio", "demo")
+    rollouts = rollouts or (str(rollouts_home()) if rollouts_home().is_dir() else "")
     judged = read_rules(Path(rules)) if rules else None
     with Watcher(Places(url, admin_key, log, rollouts, loop), every, rules=judged) as watcher:
         import_module("llmkit.demos.dashboard").launch(watcher, port, block=True)

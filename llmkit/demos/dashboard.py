@@ -185,7 +185,7 @@ border-radius:10px;padding:12px 14px;color:var(--body-text-color)}
 .lk-tile b{display:block;font-size:1.55rem;line-height:1.2;font-variant-numeric:tabular-nums}
 .lk-tile span,.lk-legend,.lk-none{color:var(--body-text-color);opacity:.75;font-size:.85rem}
 .lk-tile.good b{color:#2e9d6a}.lk-tile.bad b{color:#d1495b}
-.lk-charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:12px}
+.lk-charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(340px,100%),1fr));gap:12px}
 .lk-title{font-weight:600;margin-bottom:4px}
 .lk-legend{display:flex;flex-wrap:wrap;gap:2px 14px;min-height:1.3em}
 .lk-legend i{display:inline-block;width:10px;height:3px;margin:0 5px 3px 0;border-radius:2px}
@@ -218,7 +218,7 @@ def page(watcher: Watcher, every: float = 2.0) -> Any:
 
     with gr.Blocks(title="llmkit: dashboard", fill_width=True) as demo:
         with gr.Row(equal_height=True):
-            gr.Markdown(f"### {watcher.places.base}")
+            gr.Markdown(f"### llmkit watches {watcher.places.base}")
             minutes = gr.Slider(1, 60, value=10, step=1, label="Minutes back")
         numbers = gr.HTML(tiles(watcher.seen))
         lines, below = gr.HTML(), gr.HTML()

@@ -15,7 +15,7 @@ from ..core.errors import ConfigError
 from .alerts import AlertRule, Threshold
 from .evaluator import AlertState, Evaluator
 from .metrics import HISTOGRAMS, Buckets
-from .promql import Divide, Expr, Increase, OrZero, Over, Quantile, Rate, Series
+from .promql import Beyond, Divide, Expr, Increase, OrZero, Over, Quantile, Rate, Series
 from .series import Labels, Store, labels_of
 
 # %% auto #0
@@ -66,7 +66,7 @@ REQUESTS = 10.0  # a second, wherever a share needs a whole
 # %% ../../nbs/monitoring/07e_alertcases.ipynb #ec1d4b58
 def waves(expr: Expr, value: float, window_s: float, by: tuple[str, ...] = ()) -> list[Wave]:
     "Series over which `expr` has this value."
-    if isinstance(expr, OrZero):
+    if isinstance(expr, OrZero | Beyond):
         return waves(expr.of, value, window_s)
     if isinstance(expr, Over):
         return waves(expr.of, value, window_s, expr.by)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEED', 'SECONDS', 'SHAPE', 'Severity', 'RESERVED', 'WATCH', 'NOTES', 'duration', 'as_duration', 'Threshold',
-           'threshold', 'reachable', 'AlertRule', 'check_texts', 'rules_of', 'read_rules', 'default_rules']
+           'threshold', 'reachable', 'AlertRule', 'check_keys', 'check_texts', 'rules_of', 'read_rules',
+           'default_rules']
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #4d784b62
 SEED = """
@@ -153,16 +154,21 @@ class AlertRule(Config):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         "A rule from what YAML gives: `for` is written as there."
-        known = {"for" if f == "for_" else f for f in cls.__dataclass_fields__}
-        for key in values:
-            if key not in known:
-                raise ConfigError(f"unknown key {key!r}", nearest(key, known))
+        check_keys(values)
         return cls(**{"for_" if k == "for" else k: v for k, v in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
         "What `from_dict` reads, without what is as it always is."
         found = {("for" if k == "for_" else k): v for k, v in super().to_dict().items()}
         return {k: v for k, v in found.items() if v not in ("", {})}
+
+# %% ../../nbs/monitoring/07c_alerts.ipynb #dab79c0e
+def check_keys(values: Mapping[str, Any]) -> None:
+    "Refuse a key that no rule has; the nearest is named."
+    known = {"for" if f == "for_" else f for f in AlertRule.__dataclass_fields__}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}", nearest(key, known))
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #fc1d7911
 def check_texts(rule: AlertRule) -> None:
@@ -194,14 +200,17 @@ def rules_of(
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #c0b149e6
 def _rule(name: str, values: Any, where: str) -> AlertRule:
-    if not isinstance(values, Mapping) or not isinstance(values.get("threshold"), str):
-        raise ConfigError(f"{where} has no threshold", "write threshold: 'P95 > 100ms'")
-    if "name" in values:
+    keys = values if isinstance(values, Mapping) else {}
+    if "name" in keys:
         raise ConfigError(f"{where}: unknown key 'name'", "the key of the rule is its name")
     try:
+        check_keys(keys)
+        if not isinstance(keys.get("threshold"), str):
+            raise ConfigError("has no threshold", "write threshold: 'P95 > 100ms'")
         return AlertRule.from_dict({"name": name, **values})
     except LLMKitError as e:
         text = f" = {values['threshold']!r}, " if e.message.startswith("column") else ": "
+        text = " " if e.message.startswith("has no") else text
         raise ConfigError(f"{where}{'.threshold' if ',' in text else ''}{text}{e.message}", e.hint) from e
 
 # %% ../../nbs/monitoring/07c_alerts.ipynb #fbd23d21

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import ConfigError
 from .alerts import AlertRule, as_duration, default_rules
 from .azurealerts import azure_alerts
 from .dashboards import dashboards
@@ -19,20 +21,27 @@ from .rulefiles import as_yaml, prometheus_rules, prometheus_tests
 from .series import Store
 
 # %% auto #0
-__all__ = ['prometheus_config', 'example_routes', 'declarations', 'write_monitoring']
+__all__ = ['prometheus_config', 'example_routes', 'examples', 'declarations', 'write_monitoring']
 
 # %% ../../nbs/monitoring/08b_declarations.ipynb #7272136c
 def prometheus_config(
     targets: Sequence[str] = ("127.0.0.1:8000",),  # host:port of servers
     every_s: float = 15.0,
+    controllers: Sequence[str] = (),  # host:port of rollouts
 ) -> dict[str, Any]:
     "What stands in prometheus.yml."
-    scrape = {"job_name": "llmkit", "metrics_path": "/metrics", "static_configs": [{"targets": list(targets)}]}
+    jobs = {"llmkit": targets} | ({"llmkit-rollout": controllers} if controllers else {})
+    for target in (*targets, *controllers):
+        if not re.fullmatch(r"[^/\s]+:\d+", target):
+            raise ConfigError(f"{target!r} is no place to scrape", "write HOST:PORT, for example 127.0.0.1:8000")
     return {
         "global": {"scrape_interval": as_duration(every_s), "evaluation_interval": as_duration(every_s)},
         "rule_files": ["rules.yml"],
         "alerting": {"alertmanagers": [{"static_configs": [{"targets": ["127.0.0.1:9093"]}]}]},
-        "scrape_configs": [scrape],
+        "scrape_configs": [
+            {"job_name": name, "metrics_path": "/metrics", "static_configs": [{"targets": list(where)}]}
+            for name, where in jobs.items()
+        ],
     }
 
 # %% ../../nbs/monitoring/08b_declarations.ipynb #dd929c8d
@@ -44,33 +53,48 @@ def example_routes() -> Routes:
     told: Mapping[str, Any] = {"info": {"receivers": ["chat"], "wait": "5m", "interval": "1h", "repeat": "1d"}}
     return Routes.from_dict({"webhooks": {"chat": hook}, "mails": {"ops": mail}, "habits": told})
 
+# %% ../../nbs/monitoring/08b_declarations.ipynb #55085dc6
+def examples() -> dict[str, str]:
+    "The rules that ship and routes at example.com, as files that `--rules` and `--routes` read."
+    head = "# Copy it, change the copy, and give that to `llmkit monitor {0}` as --{1}; this file is overwritten.\n"
+    rules = {r.name: {k: v for k, v in r.to_dict().items() if k != "name"} for r in default_rules()}
+    routes = example_routes().to_dict()
+    return {
+        "alerts.example.yml": as_yaml({"alerts": rules}, head.format("rules, run, look or dashboard", "rules")),
+        "routes.example.yml": as_yaml(routes, head.format("rules or run", "routes")),
+    }
+
 # %% ../../nbs/monitoring/08b_declarations.ipynb #b1e27e4b
 def declarations(
     rules: Sequence[AlertRule] | None = None,  # those that ship, if not given
     routes: Routes | None = None,
+    servers: Sequence[str] = ("127.0.0.1:8000",),  # host:port, to be scraped
+    controllers: Sequence[str] = (),  # the same of rollouts
 ) -> dict[str, str]:
     "Text by file name."
     chosen = default_rules() if rules is None else list(rules)
     Evaluator(chosen, Store())  # refuses two rules of one name
     files = {
-        "prometheus.yml": as_yaml(prometheus_config()),
+        "prometheus.yml": as_yaml(prometheus_config(servers, controllers=controllers)),
         "rules.yml": as_yaml(prometheus_rules(chosen)),
         "tests.yml": as_yaml(prometheus_tests(chosen)),
         "alertmanager.yml": as_yaml(alertmanager(routes or example_routes())),
         "alerts.bicep": azure_alerts(chosen),
     }
     boards = {f"grafana/{n}.json": json.dumps(b, indent=1) + "\n" for n, b in dashboards(chosen).items()}
-    return files | boards
+    return files | boards | examples()
 
 # %% ../../nbs/monitoring/08b_declarations.ipynb #cec86209
 def write_monitoring(
     folder: str | Path,
     rules: Sequence[AlertRule] | None = None,  # those that ship, if not given
     routes: Routes | None = None,
+    servers: Sequence[str] = ("127.0.0.1:8000",),  # host:port, to be scraped
+    controllers: Sequence[str] = (),  # the same of rollouts
 ) -> list[Path]:
     "Write all declarations below `folder`; the files."
     made = []
-    for name, text in declarations(rules, routes).items():
+    for name, text in declarations(rules, routes, servers, controllers).items():
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -100,5 +100,5 @@ class AlarmReports:
         if not new or len(self.drawn) >= self.most:
             return None
         alarm = detector.watcher.found[-1]
-        self.drawn.append(draw_report(detector, self.folder / f"drift-{name}-{alarm.row}.html", alarm.columns))
+        self.drawn.append(draw_report(detector, self.folder / f"drift-{name}-{alarm.row}.html"))
         return self.drawn[-1]

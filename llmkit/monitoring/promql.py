@@ -231,7 +231,8 @@ class Divide(Expr):
     def promql(self, window: str) -> str:
         "... / ..."
         times = f"{self.factor:g} * " if self.factor != 1 else ""
-        return f"{times}{self.above.promql(window)} / {self.below.promql(window)}"
+        below = self.below.promql(window)  # in brackets where it is a comparison, which binds less
+        return f"{times}{self.above.promql(window)} / " + (f"({below})" if isinstance(self.below, Beyond) else below)
 
     def vector(self, m: Moment) -> Vector:
         "One number for every set of labels that both have."

@@ -13,7 +13,7 @@ from math import inf
 from ..core.config import nearest
 from ..core.errors import ConfigError
 from .metrics import HISTOGRAMS, Buckets
-from .promql import Divide, Expr, Increase, OrZero, Over, Quantile, Rate, Series
+from .promql import Beyond, Divide, Expr, Increase, OrZero, Over, Quantile, Rate, Series
 from .series import Matcher
 
 # %% auto #0
@@ -187,9 +187,9 @@ def _quality() -> Iterator[Signal]:
 # %% ../../nbs/monitoring/07b_signals.ipynb #e50e04a1
 def _costs() -> Iterator[Signal]:
     cost, tokens = _total("llmkit:cost_dollars_total"), _total("vllm:generation_tokens_total")
-    yield Signal("cost_per_request", "dollars a request", "dollars", Divide(cost, _total(SUCCESS)))
+    yield Signal("cost_per_request", "dollars a request", "dollars", Divide(cost, Beyond(_total(SUCCESS), ">", 0.0)))
     say = "dollars for 1,000 generated tokens"
-    yield Signal("cost_per_1k_tokens", say, "dollars", Divide(cost, tokens, factor=1000))
+    yield Signal("cost_per_1k_tokens", say, "dollars", Divide(cost, Beyond(tokens, ">", 0.0), factor=1000))
     yield Signal("cost", "dollars a second; write $3/h", "dollars a second", cost)
 
 # %% ../../nbs/monitoring/07b_signals.ipynb #52702f7f

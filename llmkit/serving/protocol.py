@@ -158,11 +158,11 @@ class CompletionRequest(Shared, forbid_unknown_fields=True, kw_only=True):
 
 # %% ../../nbs/serving/01_protocol.ipynb #46d6110f
 class FeedbackRequest(Struct, forbid_unknown_fields=True):
-    "The body of `/v1/feedback`: a label for an answered request."
+    "A label for an answered request: `thumbs` or `completed` with a value, `label` with a text, or others."
 
     request_id: Annotated[str, Meta(min_length=1, max_length=256)]
     name: Annotated[str, Meta(min_length=1, max_length=64)]
-    value: float | None = None  # thumbs and completed: 1 or 0
+    value: bool | float | None = None  # thumbs and completed: true or 1, false or 0
     text: Annotated[str, Meta(max_length=65_536)] | None = None  # label: the right answer
 
 # %% ../../nbs/serving/01_protocol.ipynb #061bedaf

@@ -91,7 +91,8 @@ async def label(request: HttpRequest) -> Response:
     state: State = request.app.state.llmkit
     authorise(state, request.headers.get("authorization"))
     got = decode(FeedbackRequest, await read_body(request, state.cfg.max_body, state.cfg.timeout_s))
-    feedback(state, got.request_id, got.name, got.value, got.text)
+    value = None if got.value is None else float(got.value)
+    feedback(state, got.request_id, got.name, value, got.text)
     return json_response({"object": "feedback", "request_id": got.request_id, "name": got.name}, 202)
 
 # %% ../../nbs/serving/06_server.ipynb #748a4c5e
