@@ -86,7 +86,7 @@ def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 
     from llmkit.monitoring.drift import DriftDetector
     from llmkit.monitoring.monitor import kinds_of, live_rows
 
-    card = ModelCard.load(check_model_folder(model))
+    card = ModelCard.load_own(check_model_folder(model))
     if not card.profile:
         raise DataError(f"the model in {model} carries no profile", "run register_model on it")
     live, lines, detectors, texts = live_rows(rows), [], {}, []

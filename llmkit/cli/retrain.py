@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ..core.errors import DataError, GateError
 from ..core.run import locked, read_json, read_result, write_json
 from ..deployment.plan import seconds
-from ..deployment.retraining import Decision, Facts, RetrainPolicy, accuracy_of, decide, marked
+from ..deployment.retraining import PREFERS, Decision, Facts, RetrainPolicy, accuracy_of, decide, marked
 from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
@@ -45,7 +45,7 @@ def check_served(served: Served, name: str) -> str:
     for what in ("model", "data", "tracking"):
         if not getattr(served, what):
             raise DataError(f"retraining needs the {what}", f"give --{what}: what is served, trained on, registered in")
-    card, given = ModelCard.load(served.model), Prepared(served.data).profile["hash"]
+    card, given = ModelCard.load_own(served.model), Prepared(served.data).profile["hash"]
     if card.data.get("hash", given) != given:
         raise DataError(f"{served.model} was trained on data {card.data['hash']}, not on {given}", "give its own data")
     champion = get_version(name, "champion", served.tracking)
@@ -67,7 +67,8 @@ def comparison_params(policy: RetrainPolicy, served: Served, model: str, data: s
     "What compare_models is told."
     gates = {k: getattr(policy.gates, k) for k in ("windows", "window_tokens", "new_drop", "old_rise")}
     texts = {"model": model, "champion": served.model, "old": served.data, "new": data}
-    liked = {"liked": True, "chat": policy.train.get("chat", False)} if policy.how == "dpo" else {}
+    said = {"dpo": "liked", "kto": "judged"}
+    liked = {said[policy.how]: True, "chat": policy.train.get("chat", False)} if policy.how in said else {}
     return job_params("compare_models", texts | gates | liked)
 
 # %% ../../nbs/cli/13a_retrain.ipynb #fecf46a3
@@ -76,7 +77,7 @@ BUDGETS = {"train": 120.0, "evaluate_model": 30.0, "compare_models": 15.0, "regi
 
 def retrain_stages(policy: RetrainPolicy, served: Served, data: str) -> list[Stage]:
     "The four jobs that make a candidate of a harvest."
-    job = "prefer_model" if policy.how == "dpo" else "train_model"
+    job = "prefer_model" if policy.how in PREFERS else "train_model"
 
     def trained(done: Results) -> str:
         return done.output(job, "model")
@@ -150,7 +151,8 @@ def facts_of(
 ) -> Facts:
     "What is known now: usable and marked rows, alarms, accuracy, earlier trainings; `data` has the tokenizer."
     from llmkit.data.prepared import Prepared
-    from llmkit.deployment.feedback import Gathered, Turns, is_chat, read_said
+    from llmkit.deployment.conversation import Turns, is_chat
+    from llmkit.deployment.feedback import Gathered, read_said
 
     chats = any(is_chat(r) for r in rows)  # only then is the tokenizer worth its second
     turns = Turns(Prepared(data).tokenizer if chats else None)

@@ -14,6 +14,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -95,7 +96,7 @@ class Watched:
     "The detectors of one revision."
 
     def __init__(self, folder: str | Path, run_length: float, make: Callable[..., Detector] = new_detector) -> None:
-        card = ModelCard.load(folder)
+        card = ModelCard.load_own(folder)
         self.folder, self.weights, profile = str(folder), card.revision, card.profile or {}
         kinds = [k for k in KINDS if profile.get(k)]
         together = run_length * len(kinds)  # each of them may ring that much more seldom
@@ -164,6 +165,8 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
         os.replace(part, file)
     except OSError as e:
         logging.getLogger(__name__).warning("the state of drift is not kept: %s", e)
+        with suppress(OSError):  # half of a state is no use, and the disk may be full
+            part.unlink(missing_ok=True)
 
 # %% ../../nbs/monitoring/02e_livedrift.ipynb #c50ade72
 class Watchlist(Sink):

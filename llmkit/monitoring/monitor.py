@@ -204,7 +204,7 @@ def monitor_inputs(cfg: MonitorJob, folder: Path) -> tuple[dict[str, Any], list[
         return profile, read_requests(folder / "requests.db")
     if not cfg.model or not cfg.log:
         raise DataError("monitor_model needs a model and its log", "give both, or neither")
-    card = ModelCard.load(cfg.model)
+    card = ModelCard.load_own(cfg.model)
     if not card.profile:
         raise DataError(f"the model in {cfg.model} carries no profile", "run register_model on it")
     if cfg.data:
