@@ -228,7 +228,7 @@ def retrain_command(
     as_json: Json = False,
 ) -> None:
     "Train again if a policy says so: a data set out of the log, and jobs that train, judge and register."
-    from llmkit.cli.retrain import Served, lately, retrain, retraining_row
+    from llmkit.cli.retrain import Served, lately, loop_folder, retrain, retraining_row
     from llmkit.deployment.retraining import load_policy
     from llmkit.monitoring.monitor import alarms_of
 
@@ -237,7 +237,7 @@ def retrain_command(
     found = drift_of(model, rows)[1]
     alarms = alarms_of({kind: d.report() for kind, d in found.items()})
     served = Served(model, data, tracking, Path(log).name)
-    outcome = retrain(rules, served, rows, alarms, loop or policy.with_suffix(""), force)
+    outcome = retrain(rules, served, rows, alarms, loop_folder(policy, loop), force)
     print(json.dumps(retraining_row(outcome) | outcome.metrics) if as_json else outcome)
 
 # %% ../../nbs/cli/13_monitor.ipynb #1836d80a

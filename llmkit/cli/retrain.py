@@ -22,8 +22,8 @@ from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
-           'facts_of', 'Outcome', 'retraining_row', 'lately', 'carry_out', 'measured', 'comparison', 'new_entry',
-           'settled', 'retrain']
+           'facts_of', 'Outcome', 'retraining_row', 'loop_folder', 'lately', 'carry_out', 'measured', 'comparison',
+           'new_entry', 'settled', 'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -182,6 +182,12 @@ def retraining_row(outcome: Outcome) -> dict[str, Any]:
     e = outcome.entry
     line: dict[str, Any] = {"decision": outcome.decision, "status": "none", "version": None, "data": "", "note": ""}
     return line | ({"status": e.status, "version": e.version, "data": Path(e.data).name, "note": e.note} if e else {})
+
+# %% ../../nbs/cli/13a_retrain.ipynb #92ace2f8
+def loop_folder(policy: str | Path, given: str = "") -> Path:
+    "The folder of a policy's trainings: the given one, or one beside the policy that is named like it."
+    beside = Path(policy).with_suffix("")
+    return Path(given) if given else beside if beside != Path(policy) else beside.with_name(f"{beside.name}-loop")
 
 # %% ../../nbs/cli/13a_retrain.ipynb #be6251c2
 def lately(

@@ -57,9 +57,9 @@ def revision(folder: str | Path) -> str:
                 digest.update(block)
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/core/02c_card.ipynb #f880a565
+# %% ../../nbs/core/02c_card.ipynb #8a6e201c
 def sample(folder: str | Path, blocks: int = 64, size: int = 4096) -> str:
-    "The first 12 hex digits of the SHA-256 over evenly spaced blocks, and the sizes, of the folder's safetensors files."
+    "The first 12 hex digits of the SHA-256 over sizes and evenly spaced blocks of the folder's safetensors files."
     digest = hashlib.sha256()
     for path in sorted(Path(folder).glob("*.safetensors")):
         whole = path.stat().st_size
