@@ -49,7 +49,10 @@ def check_served(served: Served, name: str) -> str:
     if card.data.get("hash", given) != given:
         raise DataError(f"{served.model} was trained on data {card.data['hash']}, not on {given}", "give its own data")
     champion = get_version(name, "champion", served.tracking)
-    if champion is not None and champion.tags.get("revision", card.revision) != card.revision:
+    if champion is None:  # the candidate would be the first model there, and served without a rollout
+        hint = "register the model that is served first (register_model), or give the name and registry where it is"
+        raise DataError(f"model {name!r} has no champion in {served.tracking}", hint)
+    if champion.tags.get("revision", card.revision) != card.revision:
         hint = "monitor the model that is served, or finish the rollout first"
         raise DataError(f"{served.model} is not the champion of {name!r}: that is version {champion.version}", hint)
     return card.revision
@@ -183,7 +186,7 @@ def retraining_row(outcome: Outcome) -> dict[str, Any]:
     line: dict[str, Any] = {"decision": outcome.decision, "status": "none", "version": None, "data": "", "note": ""}
     return line | ({"status": e.status, "version": e.version, "data": Path(e.data).name, "note": e.note} if e else {})
 
-# %% ../../nbs/cli/13a_retrain.ipynb #92ace2f8
+# %% ../../nbs/cli/13a_retrain.ipynb #577afe3c
 def loop_folder(policy: str | Path, given: str = "") -> Path:
     "The folder of a policy's trainings: the given one, or one beside the policy that is named like it."
     beside = Path(policy).with_suffix("")
