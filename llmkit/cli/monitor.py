@@ -82,11 +82,11 @@ def rows_of(log: str, since: str = "", revision: str = "") -> list[dict[str, Any
 # %% ../../nbs/cli/13_monitor.ipynb #3757f005
 def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 1e5) -> tuple[Tables, dict[str, Any]]:
     "Drift of a log's rows against a model's profile, in order of arrival: a table, and the detectors."
-    from llmkit.core.card import ModelCard, check_model_folder
+    from llmkit.core.card import check_model_folder, own_card
     from llmkit.monitoring.drift import DriftDetector
     from llmkit.monitoring.monitor import kinds_of, live_rows
 
-    card = ModelCard.load_own(check_model_folder(model))
+    card = own_card(check_model_folder(model))
     if not card.profile:
         raise DataError(f"the model in {model} carries no profile", "run register_model on it")
     live, lines, detectors, texts = live_rows(rows), [], {}, []

@@ -38,14 +38,14 @@ class Served:
 # %% ../../nbs/cli/13a_retrain.ipynb #8c09e756
 def check_served(served: Served, name: str) -> str:
     "The revision of the model; `DataError` if it cannot be trained further, or is not the champion of `name`."
-    from llmkit.core.card import ModelCard
+    from llmkit.core.card import own_card
     from llmkit.core.registry import get_version
     from llmkit.data.prepared import Prepared
 
     for what in ("model", "data", "tracking"):
         if not getattr(served, what):
             raise DataError(f"retraining needs the {what}", f"give --{what}: what is served, trained on, registered in")
-    card, given = ModelCard.load_own(served.model), Prepared(served.data).profile["hash"]
+    card, given = own_card(served.model), Prepared(served.data).profile["hash"]
     if card.data.get("hash", given) != given:
         raise DataError(f"{served.model} was trained on data {card.data['hash']}, not on {given}", "give its own data")
     champion = get_version(name, "champion", served.tracking)
@@ -186,7 +186,7 @@ def retraining_row(outcome: Outcome) -> dict[str, Any]:
     line: dict[str, Any] = {"decision": outcome.decision, "status": "none", "version": None, "data": "", "note": ""}
     return line | ({"status": e.status, "version": e.version, "data": Path(e.data).name, "note": e.note} if e else {})
 
-# %% ../../nbs/cli/13a_retrain.ipynb #577afe3c
+# %% ../../nbs/cli/13a_retrain.ipynb #d7afd182
 def loop_folder(policy: str | Path, given: str = "") -> Path:
     "The folder of a policy's trainings: the given one, or one beside the policy that is named like it."
     beside = Path(policy).with_suffix("")

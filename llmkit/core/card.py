@@ -18,7 +18,7 @@ SCHEMA = "llmkit.card/1"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 # %% auto #0
-__all__ = ['SCHEMA', 'PICKLES', 'missing_shards', 'check_model_folder', 'revision', 'sample', 'ModelCard']
+__all__ = ['SCHEMA', 'PICKLES', 'missing_shards', 'check_model_folder', 'revision', 'sample', 'ModelCard', 'own_card']
 
 # %% ../../nbs/core/02c_card.ipynb #0063cd76
 def missing_shards(folder: Path) -> list[str]:
@@ -57,7 +57,7 @@ def revision(folder: str | Path) -> str:
                 digest.update(block)
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/core/02c_card.ipynb #8a6e201c
+# %% ../../nbs/core/02c_card.ipynb #dae03ad9
 def sample(folder: str | Path, blocks: int = 64, size: int = 4096) -> str:
     "The first 12 hex digits of the SHA-256 over sizes and evenly spaced blocks of the folder's safetensors files."
     digest = hashlib.sha256()
@@ -97,15 +97,6 @@ class ModelCard:
             raise ModelError(f"{path} has an unknown key {unknown[0]!r}", nearest(unknown[0], cls.__dataclass_fields__))
         return cls(**values)
 
-    @classmethod
-    def load_own(cls, folder: str | Path) -> ModelCard:
-        "The same, but `ModelError` for a card that was written for other weights, as far as a sample of them tells."
-        card = cls.load(folder)
-        if card.sample and card.sample != sample(folder):
-            hint = "put the card of these weights there, or remove it and register the model again"
-            raise ModelError(f"{folder}/llmkit.json is the card of other weights, {card.revision}", hint)
-        return card
-
     def save(self, folder: str | Path) -> Path:
         "Write the card into `folder`, its revision brought up to date."
         self.revision, self.sample = revision(folder), sample(folder)
@@ -114,3 +105,12 @@ class ModelCard:
     def chosen(self) -> dict[str, Any] | None:
         "The variant that was chosen to be served, if there is one."
         return next((v for v in self.variants if v["chosen"]), None)
+
+# %% ../../nbs/core/02c_card.ipynb #46e21e7b
+def own_card(folder: str | Path) -> ModelCard:
+    "The card of a model folder; `ModelError` for one that was written for other weights, as far as a sample tells."
+    card = ModelCard.load(folder)
+    if card.sample and card.sample != sample(folder):
+        hint = "put the card of these weights there, or remove it and register the model again"
+        raise ModelError(f"{folder}/llmkit.json is the card of other weights, {card.revision}", hint)
+    return card

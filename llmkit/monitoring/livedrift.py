@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from ..core.card import ModelCard
+from ..core.card import own_card
 from ..core.errors import LLMKitError
 from .gpu import Reading
 from .logfile import RequestRow
@@ -96,7 +96,7 @@ class Watched:
     "The detectors of one revision."
 
     def __init__(self, folder: str | Path, run_length: float, make: Callable[..., Detector] = new_detector) -> None:
-        card = ModelCard.load_own(folder)
+        card = own_card(folder)
         self.folder, self.weights, profile = str(folder), card.revision, card.profile or {}
         kinds = [k for k in KINDS if profile.get(k)]
         together = run_length * len(kinds)  # each of them may ring that much more seldom
