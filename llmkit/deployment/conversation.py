@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Turn', 'Asked', 'is_chat', 'Turns', 'calls_in', 'as_turn', 'in_tags']
 
-# %% ../../nbs/deployment/06d_conversation.ipynb #2a024d8e
+# %% ../../nbs/deployment/06d_conversation.ipynb #a1029209
 import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -15,7 +15,7 @@ from typing import Any
 from ..serving.toolcalls import CallReader, whole_call
 from ..serving.tools import OPEN, knows_tools, plain_message, worded
 
-# %% ../../nbs/deployment/06d_conversation.ipynb #77cc01c3
+# %% ../../nbs/deployment/06d_conversation.ipynb #27e08518
 Turn = dict[str, Any]  # role and content, and where there are any, tool_calls
 
 
@@ -28,12 +28,12 @@ class Asked:
     names: list[str] = field(default_factory=list)  # of the functions that could be called
     problem: str = ""  # why there is nothing to read
 
-# %% ../../nbs/deployment/06d_conversation.ipynb #ac419370
+# %% ../../nbs/deployment/06d_conversation.ipynb #5ee4eea6
 def is_chat(row: Mapping[str, Any]) -> bool:
     "Whether a row's prompt went through a chat template."
     return row["endpoint"].endswith(("/chat/completions", "/responses"))
 
-# %% ../../nbs/deployment/06d_conversation.ipynb #22fafa71
+# %% ../../nbs/deployment/06d_conversation.ipynb #7e25aa7e
 class Turns:
     "Reads what was asked, for the template of a tokenizer; without one there are no chats."
 
@@ -62,7 +62,7 @@ class Turns:
             return True
         return False
 
-# %% ../../nbs/deployment/06d_conversation.ipynb #fae25df3
+# %% ../../nbs/deployment/06d_conversation.ipynb #82658cbe
 def calls_in(text: str, names: Collection[str]) -> tuple[str, list[tuple[str, str]]]:
     "The text of an answer, and name and arguments of the calls in it."
     if OPEN in text:
@@ -77,7 +77,7 @@ def calls_in(text: str, names: Collection[str]) -> tuple[str, list[tuple[str, st
     found = [c for c in calls if c]
     return ("", found) if found and len(found) == len(calls) else (text, [])
 
-# %% ../../nbs/deployment/06d_conversation.ipynb #1689451e
+# %% ../../nbs/deployment/06d_conversation.ipynb #aaf50308
 def as_turn(text: str, names: Collection[str]) -> Turn:
     "The assistant's message that an answer is, with the calls in it; a call that was cut short is text."
     content, calls = calls_in(text, names) if names else (text, [])
