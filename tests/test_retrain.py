@@ -15,11 +15,19 @@ from conftest import Done
 
 from llmkit.core.card import ModelCard
 from llmkit.core.registry import get_version
+from llmkit.core.tiny import tiny_model
+from llmkit.data.chat import IGNORED, encode_pair
+from llmkit.deployment.feedback import Take, gather
+from llmkit.deployment.harvest import as_pair
 from llmkit.deployment.release import Release, RolloutJob, open_release
 from llmkit.deployment.retraining import Gates, RetrainPolicy, save_policy
 from llmkit.monitoring.profile import make_profile
 from llmkit.monitoring.requestlog import read_requests
 from llmkit.serving.process import ServerProcess
+from llmkit.serving.text import Text
+
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"what": "ann@example.com"}'}}
 
 VERBS = ("read", "write", "find", "sort", "drop", "send", "load", "save", "join", "split")
 NOUNS = ("header", "token", "message", "record", "table", "window", "packet")
@@ -42,6 +50,33 @@ def thumbs_of(release: Release, log: Path, asks: int) -> list[bool]:
 
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(ask, range(asks)))
+
+
+def test_chats_become_examples(tmp_path: Path) -> None:
+    """What a server logs of chats can be trained on: system messages, earlier turns, calls and their answers."""
+    model, log = tiny_model(tmp_path / "model", max_length=2048), tmp_path / "requests.db"
+    alone = [{"role": "user", "content": "where is the header?"}]
+    talk = [{"role": "system", "content": "Be brief."}, *alone, {"role": "assistant", "content": "Which?"}]
+    talk += [{"role": "user", "content": "that of the message"}]
+    used = [{"role": "user", "content": "find a mail"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    used += [{"role": "tool", "tool_call_id": "c1", "content": "there is none"}]
+    asks = [{"messages": alone}, {"messages": talk}, {"messages": used, "tools": [FIND], "tool_choice": "required"}]
+    server = ServerProcess({"a": model}, log=log, variant="torch")
+    with server, httpx.Client(base_url=server.base, timeout=60) as http:
+        for i, ask in enumerate(asks):
+            body = {"model": "llmkit", "max_tokens": 60, "user": f"u{i}"} | ask
+            reply = http.post("/v1/chat/completions", json=body).json()
+            said = {"request_id": reply["id"], "name": "label", "text": "the first"}
+            assert http.post("/v1/feedback", json=said).status_code == 202
+    made = gather(read_requests(log), Take(), tokenizer := Text.load(model).tokenizer)
+    assert (len(made.examples), dict(made.left_out)) == (3, {})
+    pairs = [as_pair(s) for s in made.examples]
+    assert [p["messages"] for p in pairs[1:2]] == [[*talk, {"role": "assistant", "content": "the first"}]]
+    assert "ann@example.com" not in str(pairs)
+    assert '<tool_call>{"name":"find","arguments":{"what":"<EMAIL>"}}</tool_call>' in str(pairs[2]["messages"])
+    for pair in pairs:
+        _, labels = encode_pair(tokenizer, pair)
+        assert tokenizer.decode([i for i in labels if i != IGNORED]) == "the first<|end|>"
 
 
 @pytest.mark.soak

@@ -51,7 +51,7 @@ def fake_call() -> Any:
     "A call with all that `row_of` reads of one, at its end."
     scores = [SimpleNamespace(logprob=-1.5)] * 100
     choice = SimpleNamespace(finish="length", text=TEXT * 5, tokens=[5] * 100, logprobs=scores, prompt_logprobs=[])
-    prompt = SimpleNamespace(ids=[5] * 200, text=TEXT * 10)
+    prompt = SimpleNamespace(ids=[5] * 200, text=TEXT * 10, chat="")
     now = time.perf_counter()
     found = {"id": "cmpl-1", "arrived": time.time(), "began": now, "model": "llmkit", "endpoint": "/v1/completions"}
     found |= {"status": 200, "session": "", "error": "", "first_s": 0.05, "detokenise_s": 0.001, "write_s": 0.001}

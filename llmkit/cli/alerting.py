@@ -27,16 +27,10 @@ __all__ = ['Url', 'Rules', 'Who', 'routes_of', 'check_secrets', 'Telling', 'watc
 # %% ../../nbs/cli/13d_alerting.ipynb #9fa4bc49
 def routes_of(path: str) -> Any:
     "The routes in a YAML or JSON file."
-    from llmkit.evaluation.gate import read_plain
+    from llmkit.evaluation.gate import read_typed
     from llmkit.monitoring.routes import Routes
 
-    values = read_plain(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no routes", "write webhooks: {ops: {url: https://...}}")
-    try:
-        return Routes.from_dict(values)
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e.message}", e.hint) from e
+    return read_typed(path, Routes, "routes", "write webhooks: {ops: {url: https://...}}")
 
 # %% ../../nbs/cli/13d_alerting.ipynb #2d23c700
 def check_secrets(routes: Any) -> None:

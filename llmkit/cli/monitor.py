@@ -83,11 +83,11 @@ def rows_of(log: str, since: str = "", revision: str = "") -> list[dict[str, Any
 # %% ../../nbs/cli/13_monitor.ipynb #3757f005
 def drift_of(model: str, rows: Sequence[Mapping[str, Any]], run_length: float = 1e5) -> tuple[Tables, dict[str, Any]]:
     "Drift of a log's rows against a model's profile, in order of arrival: a table, and the detectors."
-    from llmkit.core.card import ModelCard, check_model_folder
+    from llmkit.core.card import check_model_folder, own_card
     from llmkit.monitoring.drift import DriftDetector
     from llmkit.monitoring.monitor import kinds_of, live_rows
 
-    card = ModelCard.load(check_model_folder(model))
+    card = own_card(check_model_folder(model))
     if not card.profile:
         raise DataError(f"the model in {model} carries no profile", "run register_model on it")
     live, lines, detectors, texts = live_rows(rows), [], {}, []
@@ -250,7 +250,7 @@ def retrain_command(
     as_json: Json = False,
 ) -> None:
     "Train again if a policy says so: a data set out of the log, and jobs that train, judge and register."
-    from llmkit.cli.retrain import Served, lately, retrain, retraining_row
+    from llmkit.cli.retrain import Served, lately, loop_folder, retrain, retraining_row
     from llmkit.deployment.retraining import load_policy
     from llmkit.monitoring.monitor import alarms_of
 
@@ -259,7 +259,7 @@ def retrain_command(
     found = drift_of(model, rows)[1]
     alarms = alarms_of({kind: d.report() for kind, d in found.items()})
     served = Served(model, data, tracking, Path(log).name)
-    outcome = retrain(rules, served, rows, alarms, loop or policy.with_suffix(""), force)
+    outcome = retrain(rules, served, rows, alarms, loop_folder(policy, loop), force)
     print(json.dumps(retraining_row(outcome) | outcome.metrics) if as_json else outcome)
 
 # %% ../../nbs/cli/13_monitor.ipynb #1836d80a

@@ -17,13 +17,13 @@ from typing import Any, Literal
 from ..core.errors import DataError, GateError
 from ..core.run import locked, read_json, read_result, write_json
 from ..deployment.plan import seconds
-from ..deployment.retraining import Decision, Facts, RetrainPolicy, accuracy_of, decide, marked
+from ..deployment.retraining import PREFERS, Decision, Facts, RetrainPolicy, accuracy_of, decide, marked
 from ..runner.line import Interrupted, Line, Results, Stage
 
 # %% auto #0
 __all__ = ['BUDGETS', 'Status', 'Served', 'check_served', 'job_params', 'comparison_params', 'retrain_stages', 'Entry', 'Ledger',
-           'facts_of', 'Outcome', 'retraining_row', 'lately', 'carry_out', 'measured', 'comparison', 'new_entry',
-           'settled', 'retrain']
+           'facts_of', 'Outcome', 'retraining_row', 'loop_folder', 'lately', 'carry_out', 'measured', 'comparison',
+           'new_entry', 'settled', 'retrain']
 
 # %% ../../nbs/cli/13a_retrain.ipynb #71805ee7
 @dataclass
@@ -38,18 +38,21 @@ class Served:
 # %% ../../nbs/cli/13a_retrain.ipynb #8c09e756
 def check_served(served: Served, name: str) -> str:
     "The revision of the model; `DataError` if it cannot be trained further, or is not the champion of `name`."
-    from llmkit.core.card import ModelCard
+    from llmkit.core.card import own_card
     from llmkit.core.registry import get_version
     from llmkit.data.prepared import Prepared
 
     for what in ("model", "data", "tracking"):
         if not getattr(served, what):
             raise DataError(f"retraining needs the {what}", f"give --{what}: what is served, trained on, registered in")
-    card, given = ModelCard.load(served.model), Prepared(served.data).profile["hash"]
+    card, given = own_card(served.model), Prepared(served.data).profile["hash"]
     if card.data.get("hash", given) != given:
         raise DataError(f"{served.model} was trained on data {card.data['hash']}, not on {given}", "give its own data")
     champion = get_version(name, "champion", served.tracking)
-    if champion is not None and champion.tags.get("revision", card.revision) != card.revision:
+    if champion is None:  # the candidate would be the first model there, and served without a rollout
+        hint = "register the model that is served first (register_model), or give the name and registry where it is"
+        raise DataError(f"model {name!r} has no champion in {served.tracking}", hint)
+    if champion.tags.get("revision", card.revision) != card.revision:
         hint = "monitor the model that is served, or finish the rollout first"
         raise DataError(f"{served.model} is not the champion of {name!r}: that is version {champion.version}", hint)
     return card.revision
@@ -67,7 +70,8 @@ def comparison_params(policy: RetrainPolicy, served: Served, model: str, data: s
     "What compare_models is told."
     gates = {k: getattr(policy.gates, k) for k in ("windows", "window_tokens", "new_drop", "old_rise")}
     texts = {"model": model, "champion": served.model, "old": served.data, "new": data}
-    liked = {"liked": True, "chat": policy.train.get("chat", False)} if policy.how == "dpo" else {}
+    said = {"dpo": "liked", "kto": "judged"}
+    liked = {said[policy.how]: True, "chat": policy.train.get("chat", False)} if policy.how in said else {}
     return job_params("compare_models", texts | gates | liked)
 
 # %% ../../nbs/cli/13a_retrain.ipynb #fecf46a3
@@ -76,7 +80,7 @@ BUDGETS = {"train": 120.0, "evaluate_model": 30.0, "compare_models": 15.0, "regi
 
 def retrain_stages(policy: RetrainPolicy, served: Served, data: str) -> list[Stage]:
     "The four jobs that make a candidate of a harvest."
-    job = "prefer_model" if policy.how == "dpo" else "train_model"
+    job = "prefer_model" if policy.how in PREFERS else "train_model"
 
     def trained(done: Results) -> str:
         return done.output(job, "model")
@@ -150,7 +154,8 @@ def facts_of(
 ) -> Facts:
     "What is known now: usable and marked rows, alarms, accuracy, earlier trainings; `data` has the tokenizer."
     from llmkit.data.prepared import Prepared
-    from llmkit.deployment.feedback import Gathered, Turns, is_chat, read_said
+    from llmkit.deployment.conversation import Turns, is_chat
+    from llmkit.deployment.feedback import Gathered, read_said
 
     chats = any(is_chat(r) for r in rows)  # only then is the tokenizer worth its second
     turns = Turns(Prepared(data).tokenizer if chats else None)
@@ -180,6 +185,12 @@ def retraining_row(outcome: Outcome) -> dict[str, Any]:
     e = outcome.entry
     line: dict[str, Any] = {"decision": outcome.decision, "status": "none", "version": None, "data": "", "note": ""}
     return line | ({"status": e.status, "version": e.version, "data": Path(e.data).name, "note": e.note} if e else {})
+
+# %% ../../nbs/cli/13a_retrain.ipynb #d7afd182
+def loop_folder(policy: str | Path, given: str = "") -> Path:
+    "The folder of a policy's trainings: the given one, or one beside the policy that is named like it."
+    beside = Path(policy).with_suffix("")
+    return Path(given) if given else beside if beside != Path(policy) else beside.with_name(f"{beside.name}-loop")
 
 # %% ../../nbs/cli/13a_retrain.ipynb #be6251c2
 def lately(

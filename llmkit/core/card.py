@@ -18,7 +18,7 @@ SCHEMA = "llmkit.card/1"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 # %% auto #0
-__all__ = ['SCHEMA', 'PICKLES', 'missing_shards', 'check_model_folder', 'revision', 'ModelCard']
+__all__ = ['SCHEMA', 'PICKLES', 'missing_shards', 'check_model_folder', 'revision', 'sample', 'ModelCard', 'own_card']
 
 # %% ../../nbs/core/02c_card.ipynb #0063cd76
 def missing_shards(folder: Path) -> list[str]:
@@ -57,6 +57,19 @@ def revision(folder: str | Path) -> str:
                 digest.update(block)
     return digest.hexdigest()[:12]
 
+# %% ../../nbs/core/02c_card.ipynb #dae03ad9
+def sample(folder: str | Path, blocks: int = 64, size: int = 4096) -> str:
+    "The first 12 hex digits of the SHA-256 over sizes and evenly spaced blocks of the folder's safetensors files."
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        whole = path.stat().st_size
+        digest.update(b"%d:" % whole)
+        with open(path, "rb") as f:
+            for i in range(blocks):
+                f.seek(max(0, whole - size) * i // (blocks - 1))
+                digest.update(f.read(size))
+    return digest.hexdigest()[:12]
+
 # %% ../../nbs/core/02c_card.ipynb #786fc25d
 @dataclass
 class ModelCard:
@@ -69,6 +82,7 @@ class ModelCard:
     variants: list[dict[str, Any]] = field(default_factory=list)  # optimised graphs with size, speed and quality
     profile: dict[str, Any] | None = None  # reference profile of prompts and predictions; monitoring owns its schema
     registered: dict[str, Any] = field(default_factory=dict)  # name and version in the registry
+    sample: str = ""  # of the weights; empty in cards of older versions
 
     @classmethod
     def load(cls, folder: str | Path) -> ModelCard:
@@ -85,9 +99,18 @@ class ModelCard:
 
     def save(self, folder: str | Path) -> Path:
         "Write the card into `folder`, its revision brought up to date."
-        self.revision = revision(folder)
+        self.revision, self.sample = revision(folder), sample(folder)
         return write_json(Path(folder) / "llmkit.json", {"schema": SCHEMA} | asdict(self))
 
     def chosen(self) -> dict[str, Any] | None:
         "The variant that was chosen to be served, if there is one."
         return next((v for v in self.variants if v["chosen"]), None)
+
+# %% ../../nbs/core/02c_card.ipynb #46e21e7b
+def own_card(folder: str | Path) -> ModelCard:
+    "The card of a model folder; `ModelError` for one that was written for other weights, as far as a sample tells."
+    card = ModelCard.load(folder)
+    if card.sample and card.sample != sample(folder):
+        hint = "put the card of these weights there, or remove it and register the model again"
+        raise ModelError(f"{folder}/llmkit.json is the card of other weights, {card.revision}", hint)
+    return card

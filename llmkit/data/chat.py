@@ -33,9 +33,15 @@ def pair_of(messages: list[dict[str, str]], source: str) -> dict[str, Any]:
     return pair if [m["role"] for m in messages] == ["user", "assistant"] else pair | {"messages": messages}
 
 # %% ../../nbs/data/03_chat.ipynb #37a80071
-def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+def encode_chat(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,  # for a template that tells the model of them
+) -> tuple[list[int], list[int]]:
     "Token ids of a conversation, and labels that are -100 outside the assistant's turns."
-    done = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    done = tokenizer.apply_chat_template(
+        messages, tools=tools or None, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, mask = done["input_ids"], done["assistant_masks"]
     if not any(mask):
         raise DataError(
@@ -44,20 +50,20 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[in
     return ids, [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]
 
 # %% ../../nbs/data/03_chat.ipynb #0cc06823
-def defuse(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    "The messages with special tokens that they spell broken by a zero-width space."
-    out = []
-    for m in messages:
-        text = m["content"]
-        for token in tokenizer.all_special_tokens:
-            text = text.replace(token, token[:1] + "\u200b" + token[1:]) if token in text else text
-        out.append(m | {"content": text})
-    return out
+def defuse(tokenizer: Any, said: Any) -> Any:
+    "Messages, or any plain values, with special tokens that their texts spell broken by a zero-width space."
+    if isinstance(said, dict):
+        return {defuse(tokenizer, k): defuse(tokenizer, v) for k, v in said.items()}
+    if isinstance(said, list):
+        return [defuse(tokenizer, v) for v in said]
+    for token in tokenizer.all_special_tokens if isinstance(said, str) else ():
+        said = said.replace(token, token[:1] + "\u200b" + token[1:]) if token in said else said
+    return said
 
 # %% ../../nbs/data/03_chat.ipynb #9619f31a
 def encode_pair(tokenizer: Any, pair: dict[str, Any]) -> tuple[list[int], list[int]]:
     "Token ids and labels of a pair; with `last_only`, the labels of the last answer alone."
-    ids, labels = encode_chat(tokenizer, defuse(tokenizer, conversation(pair)))
+    ids, labels = encode_chat(tokenizer, defuse(tokenizer, conversation(pair)), defuse(tokenizer, pair.get("tools")))
     if pair.get("last_only"):
         end = max(i for i, label in enumerate(labels) if label != IGNORED)
         begin = max((i for i in range(end) if labels[i] == IGNORED), default=-1) + 1
@@ -88,4 +94,4 @@ def encode_row(tokenizer: Any, row: dict[str, Any], kind: str) -> tuple[list[int
         return [*ids, tokenizer.eos_token_id], [*ids, tokenizer.eos_token_id]
     if kind not in ("chat", "prompt-completion"):
         raise DataError(f"rows of kind {kind} are not for this training", "give text, chat or prompt-completion rows")
-    return encode_chat(tokenizer, defuse(tokenizer, conversation(row)))
+    return encode_chat(tokenizer, defuse(tokenizer, conversation(row)), defuse(tokenizer, row.get("tools")))

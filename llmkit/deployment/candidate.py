@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CompareJob', 'held_windows', 'loss_documents', 'compare_losses', 'candidate_checks', 'candidate_table', 'german_rows',
-           'trained_on', 'own_harvest', 'own_candidate', 'answer_score', 'margins', 'compare_preferences',
-           'preference_checks']
+           'trained_on', 'own_harvest', 'own_candidate', 'answer_score', 'margins', 'judged_margins',
+           'compare_preferences', 'preference_checks']
 
 # %% ../../nbs/deployment/06c_candidate.ipynb #53c591cc
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,7 @@ class CompareJob(Config):
     new_drop: Annotated[float, Ge(0)] = 0.05  # nats a token that the loss on the new text falls, at least
     old_rise: Annotated[float, Ge(0)] = 0.05  # nats a token that it rises on the old text, at most, surely
     liked: bool = False  # judge by held-out preferences, in place of the loss on the new text
+    judged: bool = False  # the same, by answers that were judged one by one
     chat: bool = False  # preferences from chats; False: from completions
     seed: int = 0
 
@@ -49,7 +50,7 @@ class CompareJob(Config):
     @property
     def texts(self) -> tuple[str, ...]:
         "What the losses are compared on: with preferences, prompts may be too short to lose anything on."
-        return ("old",) if self.liked else ("old", "new")
+        return ("old",) if self.liked or self.judged else ("old", "new")
 
     @classmethod
     def tiny(cls, **values: Any) -> Self:
@@ -177,14 +178,38 @@ def margins(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], chat:
         found.setdefault(str(row["prompt"]), []).append(margin)  # one liked answer, so they are not independent
     return Documents(list(found), np.array([np.mean(m) for m in found.values()]), scale="mean", better="higher")
 
+# %% ../../nbs/deployment/06c_candidate.ipynb #46127000
+def judged_margins(model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], chat: bool) -> Documents:
+    "What each question adds to the margin between good and bad answers, whose mean is the margin in nats a token."
+    from llmkit.data.preferences import as_messages, encode_answer, encode_prompt
+
+    good = sum(r["label"] for r in rows)
+    if not 0 < good < len(rows):
+        raise DataError(f"all {len(rows)} held-out judgements are {rows[0]['label']}", "collect thumbs of both kinds")
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if chat:
+            ids = encode_prompt(tokenizer, row["prompt"])
+            said = as_messages(row["completion"], "assistant")
+            answer = encode_answer(tokenizer, as_messages(row["prompt"], "user"), said, ids)
+        else:
+            ids, answer = (tokenizer(row[k])["input_ids"] for k in ("prompt", "completion"))
+        part = 1 / good if row["label"] else -1 / (len(rows) - good)
+        found.setdefault(str(row["prompt"]), []).append(part * answer_score(model, ids, answer))
+    sums = np.array([sum(parts) for parts in found.values()])
+    return Documents(list(found), sums * len(found), scale="mean", better="higher")
+
 # %% ../../nbs/deployment/06c_candidate.ipynb #c8e87c67
-def compare_preferences(champion: str | Path, model: str | Path, data: str | Path, chat: bool = False) -> Difference:
-    "The margin of held-out preferences under `model` beside that under `champion`."
+def compare_preferences(
+    champion: str | Path, model: str | Path, data: str | Path, chat: bool = False, judged: bool = False
+) -> Difference:
+    "The margin of held-out preferences, or judgements, under `model` beside that under `champion`."
     from llmkit.deployment.harvest import held_preferences
     from llmkit.models.factory import load_model
 
-    rows = held_preferences(data, "test", chat)
-    a, b = (margins(*load_model(folder), rows, chat) for folder in (champion, model))
+    rows = held_preferences(data, "test", chat, "judgements" if judged else "preferences")
+    score = judged_margins if judged else margins
+    a, b = (score(*load_model(folder), rows, chat) for folder in (champion, model))
     return difference("liked", a, b, draws=999)
 
 # %% ../../nbs/deployment/06c_candidate.ipynb #f227eb03

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..core.config import Config, nearest
 from ..core.errors import ConfigError, DataError
@@ -22,8 +22,8 @@ Direction = Literal["at most", "at least", "below", "above"]
 OPS: dict[str, Literal["<", "<=", ">", ">="]] = {"at most": "<=", "at least": ">=", "below": "<", "above": ">"}
 
 # %% auto #0
-__all__ = ['Direction', 'OPS', 'LOWER', 'HIGHER', 'PARTS', 'GATES', 'better', 'Bound', 'finite', 'judge', 'parse_gate',
-           'read_plain', 'known_names', 'load_gate', 'five', 'write_gate', 'judge_run']
+__all__ = ['Direction', 'OPS', 'LOWER', 'HIGHER', 'C', 'PARTS', 'GATES', 'better', 'Bound', 'finite', 'judge', 'parse_gate',
+           'read_plain', 'read_typed', 'known_names', 'load_gate', 'five', 'write_gate', 'judge_run']
 
 # %% ../../nbs/evaluation/04_gate.ipynb #64fdd7f6
 LOWER = re.compile(r"perplexity|loss|bits_per_byte|nats|most_frequent|circling|brier_score|(^|[/_])ter($|[/_])")
@@ -123,6 +123,20 @@ def read_plain(path: str | Path) -> Any:
         raise ConfigError(f"{path} is not JSON (line {e.lineno}: {e.msg})", "mend that line") from e
     except ConfigError as e:
         raise ConfigError(f"{path}: {e.message}", e.hint or "mend that line") from e
+
+# %% ../../nbs/evaluation/04_gate.ipynb #2908b34d
+C = TypeVar("C", bound=Config)
+
+
+def read_typed(path: str | Path, kind: type[C], what: str, hint: str) -> C:
+    "The config of a YAML or JSON file; `what` it is to hold, and a hint how it is written, are for errors."
+    values = read_plain(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no {what}", hint)
+    try:
+        return kind.from_dict(values)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e.message}", e.hint) from e
 
 # %% ../../nbs/evaluation/04_gate.ipynb #996d0ebf
 def known_names(gate: Sequence[Bound], known: Iterable[str], where: str = "the gate") -> None:

@@ -13,12 +13,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from ..core.card import ModelCard
+from ..core.card import own_card
 from ..core.errors import LLMKitError
 from .comparable import ENDPOINT, Fresh
 from .gpu import Reading
@@ -74,7 +75,7 @@ class Watching:
     "The detectors of one revision, which look at rows."
 
     def __init__(self, folder: str | Path, run_length: float, make: Callable[..., Detector] = new_detector) -> None:
-        card = ModelCard.load(folder)
+        card = own_card(folder)
         self.folder, self.weights, profile = str(folder), card.revision, card.profile or {}
         kinds = [k for k in KINDS if profile.get(k)]
         together = run_length * len(kinds)  # each of them may ring that much more seldom
@@ -155,6 +156,8 @@ def save_state(file: Path, state: Mapping[str, Any]) -> None:
         os.replace(part, file)
     except OSError as e:
         logging.getLogger(__name__).warning("the state of drift is not kept: %s", e)
+        with suppress(OSError):  # half of a state is no use, and the disk may be full
+            part.unlink(missing_ok=True)
 
 # %% ../../nbs/monitoring/02e_livedrift.ipynb #c50ade72
 class Watchlist(Sink):

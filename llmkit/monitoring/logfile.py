@@ -46,6 +46,7 @@ class RequestRow:
     store: int | None = None  # whether the client asked to keep it, 1 or 0; None if it did not say
     detokenise_s: float = 0.0  # from tokens to text
     write_s: float = 0.0  # from text to the last byte sent
+    chat: str = ""  # masked: the messages of a chat, and the tools it was offered, as a JSON object
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #bb3c10b4
 @dataclass(slots=True)
@@ -59,10 +60,10 @@ class Label:
     time: float = 0.0  # seconds since the epoch
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #99ae57b6
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 _SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL", float | None: "REAL", int | None: "INTEGER"}
 COLUMNS = [f.name for f in fields(RequestRow)]
-_ADDED = {2: ["source"], 3: ["user", "metadata", "store"], 4: ["detokenise_s", "write_s"]}  # by schema
+_ADDED = {2: ["source"], 3: ["user", "metadata", "store"], 4: ["detokenise_s", "write_s"], 5: ["chat"]}  # by schema
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #5ca3dd3d
 _LABELS = """CREATE TABLE IF NOT EXISTS labels (request_id TEXT NOT NULL, name TEXT NOT NULL, value REAL,
@@ -103,7 +104,8 @@ def bring_up_to_date(con: sqlite3.Connection) -> None:
     version = con.execute("PRAGMA user_version").fetchone()[0]
     if version < SCHEMA_VERSION:  # another process may have been faster
         add_columns(con, version)
-        widen_labels(con)
+        if version < 4:  # labels are texts since then
+            widen_labels(con)
         con.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     con.commit()
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 from annotated_types import Ge, Gt
 
-from ..core.card import ModelCard
+from ..core.card import ModelCard, own_card
 from ..core.config import Config
 from ..core.errors import DataError
 from ..core.run import Check
@@ -204,7 +204,7 @@ def monitor_inputs(cfg: MonitorJob, folder: Path) -> tuple[dict[str, Any], list[
         return profile, read_requests(folder / "requests.db")
     if not cfg.model or not cfg.log:
         raise DataError("monitor_model needs a model and its log", "give both, or neither")
-    card = ModelCard.load(cfg.model)
+    card = own_card(cfg.model)
     if not card.profile:
         raise DataError(f"the model in {cfg.model} carries no profile", "run register_model on it")
     if cfg.data:

@@ -70,7 +70,7 @@ class WrittenLog(Sink):
         "Write rows, but not those that are not to be stored."
         kept = [r for r in rows if r.store != 0]
         if not self.text:
-            kept = [replace(r, prompt="", completion="", metadata="") for r in kept]
+            kept = [replace(r, prompt="", completion="", chat="", metadata="") for r in kept]
         self.writer.write(kept)
 
     def label(self, labels: Sequence[Label]) -> None:

@@ -5,15 +5,17 @@
 # %% ../../nbs/security/01_pii.ipynb #06868b40
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # %% auto #0
 __all__ = ['B', 'E', 'TOKENS', 'QUOTED', 'NAMED', 'AWS_SECRET', 'LOCAL', 'DOMAIN', 'ISSUERS', 'DIGITS', 'CARD', 'CHAIN', 'Masked',
-           'mask_tokens', 'entropy', 'looks_random', 'mask_secrets', 'mask_emails', 'luhn', 'mask_cards', 'mask']
+           'mask_tokens', 'entropy', 'looks_random', 'mask_secrets', 'mask_emails', 'luhn', 'mask_cards', 'mask',
+           'mask_values', 'mask_json']
 
 # %% ../../nbs/security/01_pii.ipynb #856622a9
 class Masked(NamedTuple):
@@ -151,3 +153,19 @@ def mask(text: str) -> Masked:
     for step in CHAIN:
         text = step(text, counts)
     return Masked(text, {kind: n for kind, n in sorted(counts.items()) if n})
+
+# %% ../../nbs/security/01_pii.ipynb #8f8cfffb
+def mask_values(value: Any, counts: Counter[str]) -> Any:
+    "Plain values with every text in them masked, names of fields too."
+    if isinstance(value, str):
+        found = mask(value)
+        counts.update(found.counts)
+        return found.text
+    if isinstance(value, dict):
+        return {mask_values(k, counts): mask_values(v, counts) for k, v in value.items()}
+    return [mask_values(v, counts) for v in value] if isinstance(value, list) else value
+
+
+def mask_json(text: str) -> str:
+    "A JSON text with every string in it masked; what is empty stays so."
+    return json.dumps(mask_values(json.loads(text), Counter()), ensure_ascii=False) if text else ""

@@ -49,7 +49,7 @@ def stored(call: Call, keep_text: bool) -> Reply:
     del body["id"]
     body["usage"]["cache_hit"] = True
     facts = {n: getattr(row, n) for n in Reply.__struct_fields__ if n != "tail"}
-    facts |= {} if keep_text else {"prompt": "", "completion": ""}
+    facts |= {} if keep_text else {"prompt": "", "completion": "", "chat": ""}
     return Reply(b"," + msgspec.json.encode(body)[1:], **facts)
 
 # %% ../../nbs/serving/05e_answer.ipynb #6c2e2edd

@@ -65,6 +65,7 @@ class Reply(msgspec.Struct, frozen=True):
     completion_tokens: int = 0
     finish: str = "stop"
     mean_logprob: float | None = None
+    chat: str = ""
 
     def body(self, call_id: str) -> bytes:
         "The body under a new id."
@@ -72,7 +73,7 @@ class Reply(msgspec.Struct, frozen=True):
 
     def size(self) -> int:
         "About how many bytes of memory it takes."
-        return len(self.tail) + 2 * (len(self.prompt) + len(self.completion)) + 500
+        return len(self.tail) + 2 * (len(self.prompt) + len(self.completion) + len(self.chat)) + 500
 
 # %% ../../nbs/serving/04_cache.ipynb #2c640ca9
 V = TypeVar("V")

@@ -35,6 +35,7 @@ class Prompt:
 
     ids: list[int]
     text: str
+    chat: str = ""  # of a chat: its messages and tools as JSON
 
 # %% ../../nbs/serving/05a_calls.ipynb #5d92e21a
 def render(request: Shared, text: Text) -> list[Prompt]:

@@ -57,6 +57,7 @@ def row_of(call: Call) -> RequestRow:
         latency_s=time.perf_counter() - call.began,
         finish=finish or ("abort" if call.choices else ""),
         prompt=call.prompts[0].text if call.prompts else "",
+        chat=call.prompts[0].chat if call.prompts else "",
         detokenise_s=call.detokenise_s,
         write_s=call.write_s,
         **where,
@@ -72,7 +73,7 @@ def row_again(call: Call, reply: Reply) -> RequestRow:
     counts = (reply.prompt_tokens, reply.completion_tokens, 0.0, took, took)
     texts = (call.session, reply.prompt, reply.completion, reply.mean_logprob)
     where = (call.id, call.arrived, call.model, revision, call.endpoint, call.status)
-    return RequestRow(*where, *counts, reply.finish, *texts, source="cache", **asides(call))
+    return RequestRow(*where, *counts, reply.finish, *texts, source="cache", chat=reply.chat, **asides(call))
 
 # %% ../../nbs/serving/05a_rows.ipynb #3aacd54a
 def count(call: Call, row: RequestRow) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ..core.errors import require
-from ..security.pii import mask
+from ..security.pii import mask, mask_json
 from .cache import Reply
 
 # %% auto #0
@@ -80,6 +80,7 @@ class RedisCache(Guarded):
 
     async def _store(self, key: bytes, reply: Reply) -> None:
         texts = {"prompt": mask(reply.prompt).text, "completion": mask(reply.completion).text}  # as the log keeps them
+        texts["chat"] = mask_json(reply.chat)
         raw = msgspec.msgpack.encode(msgspec.structs.replace(reply, **texts))
         await self._try("set", b"llmkit:reply:" + key, raw, ex=KEEP_S)
 

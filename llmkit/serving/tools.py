@@ -5,6 +5,7 @@
 # %% ../../nbs/serving/02c_tools.ipynb #470a1ba5
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from .protocol import ApiError
 from .text import Text, render_chat
 
 # %% auto #0
-__all__ = ['OPEN', 'CLOSE', 'INSTRUCTION', 'tool_dict', 'instruction', 'call_dict', 'known_message', 'plain_message', 'offered',
-           'said', 'render_messages']
+__all__ = ['OPEN', 'CLOSE', 'INSTRUCTION', 'tool_dict', 'instruction', 'call_dict', 'known_message', 'plain_message', 'worded',
+           'offered', 'said', 'knows_tools', 'render_messages']
 
 # %% ../../nbs/serving/02c_tools.ipynb #cbf5c381
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -34,9 +35,9 @@ def tool_dict(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 # %% ../../nbs/serving/02c_tools.ipynb #05897615
-def instruction(tools: Sequence[Tool]) -> str:
+def instruction(tools: Sequence[dict[str, Any]]) -> str:
     "The definitions of `tools` and how to call them, in words."
-    return INSTRUCTION.format("\n".join(msgspec.json.encode(tool_dict(t)).decode() for t in tools))
+    return INSTRUCTION.format("\n".join(msgspec.json.encode(t).decode() for t in tools))
 
 # %% ../../nbs/serving/02c_tools.ipynb #5d5df950
 def call_dict(call: ToolCall, where: str) -> dict[str, Any]:
@@ -57,14 +58,22 @@ def known_message(message: Message, where: str) -> dict[str, Any]:
     return found | ({"tool_call_id": message.tool_call_id} if role == "tool" else {})
 
 # %% ../../nbs/serving/02c_tools.ipynb #3829072f
-def plain_message(message: Message, where: str) -> dict[str, Any]:
-    "A message for a template that knows no tools: calls and their answers as text."
-    found = known_message(message, where)
-    calls = [msgspec.json.encode(c["function"]).decode() for c in found.pop("tool_calls", ())]
-    lines = [found["content"]] * bool(found["content"]) + [f"{OPEN}{c}{CLOSE}" for c in calls]
-    if found.pop("tool_call_id", None) is not None:
-        return {"role": "user", "content": f"<tool_response>\n{found['content']}\n</tool_response>"}
-    return found | {"content": "\n".join(lines)}
+def plain_message(known: dict[str, Any]) -> dict[str, Any]:
+    "A `known_message` for a template that knows no tools: calls and their answers as text."
+    text = known["content"]
+    if known["role"] == "tool":
+        return {"role": "user", "content": f"<tool_response>\n{text}\n</tool_response>"}
+    calls = [msgspec.json.encode(c["function"]).decode() for c in known.get("tool_calls", ())]
+    return {"role": known["role"], "content": "\n".join([text] * bool(text) + [f"{OPEN}{c}{CLOSE}" for c in calls])}
+
+# %% ../../nbs/serving/02c_tools.ipynb #941732ad
+def worded(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    "Messages for a template that knows no tools: the system's first one says what there is."
+    found = [plain_message(m) for m in messages]
+    if not tools:
+        return found
+    first = found.pop(0)["content"] + "\n\n" if found[0]["role"] == "system" else ""
+    return [{"role": "system", "content": first + instruction(tools)}, *found]
 
 # %% ../../nbs/serving/02c_tools.ipynb #5ed2d381
 def offered(request: ChatRequest) -> list[Tool]:
@@ -72,19 +81,21 @@ def offered(request: ChatRequest) -> list[Tool]:
     return [] if request.tool_choice == "none" else list(request.tools or ())
 
 # %% ../../nbs/serving/02c_tools.ipynb #0ce3feaf
-def said(request: ChatRequest, knows: bool) -> list[dict[str, Any]]:
-    "The messages of a request for a template that `knows` tools, or does not."
-    write = known_message if knows else plain_message
-    found = [write(m, f"messages[{i}]") for i, m in enumerate(request.messages)]
-    if knows or not (tools := offered(request)):
-        return found
-    first = found.pop(0)["content"] + "\n\n" if found[0]["role"] == "system" else ""
-    return [{"role": "system", "content": first + instruction(tools)}, *found]
+def said(request: ChatRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    "The messages of a request, and the tools that it offers, as a template expects them that knows tools."
+    found = [known_message(m, f"messages[{i}]") for i, m in enumerate(request.messages)]
+    return found, [tool_dict(t) for t in offered(request)]
+
+
+def knows_tools(tokenizer: Any) -> bool:
+    "Whether the chat template of a tokenizer tells the model of tools by itself."
+    return "tools" in (getattr(tokenizer, "chat_template", None) or "")
 
 # %% ../../nbs/serving/02c_tools.ipynb #9f4fd95a
-def render_messages(request: ChatRequest, text: Text, reply: bool = True) -> tuple[list[int], str]:
-    "The token ids of a chat, and what was said as one text."
-    knows = "tools" in (getattr(text.tokenizer, "chat_template", None) or "")
-    messages = said(request, knows)
-    tools = [tool_dict(t) for t in offered(request)] if knows else None
-    return render_chat(text, messages, tools, reply), "\n".join(m["content"] for m in messages)
+def render_messages(request: ChatRequest, text: Text, reply: bool = True) -> tuple[list[int], str, str]:
+    "The token ids of a chat, what was said as one text, and as a JSON object of messages and tools."
+    messages, tools = said(request)
+    chat = json.dumps({"messages": messages} | ({"tools": tools} if tools else {}), ensure_ascii=False)
+    if not knows_tools(text.tokenizer):
+        messages, tools = worded(messages, tools), []
+    return render_chat(text, messages, tools, reply), "\n".join(m["content"] for m in messages), chat

@@ -172,8 +172,13 @@ def train_offline(task: Task, out: str | Path, watch: Watch | None) -> Tuned:
 
 # %% ../../nbs/training/04_rlhf.ipynb #7a149ef8
 def preference_args(task: Task) -> Any:
-    "trl's config for DPO and KTO."
-    return arguments(task, max_length=task.config.length, beta=task.config.beta)
+    "trl's config for DPO and KTO; good and bad answers weigh the same together, however many there are of each."
+    weights = {}
+    if task.method == "KTO":
+        good = sum(bool(r["label"]) for r in task.rows)
+        more = max(good, bad := len(task.rows) - good)
+        weights = {"desirable_weight": more / good, "undesirable_weight": more / bad}
+    return arguments(task, max_length=task.config.length, beta=task.config.beta, **weights)
 
 # %% ../../nbs/training/04_rlhf.ipynb #ebaa4a0c
 def train_dpo(
