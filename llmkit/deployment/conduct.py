@@ -71,7 +71,7 @@ def open_record(
         exp = Experiment.from_dict(record.experiment)
     except (TypeError, AttributeError) as e:
         raise DataError(f"{file} is no record of an experiment: {e}", "restore it from a copy") from e
-    if seal(exp) != record.hash:
+    if seal(record.experiment) != record.hash:
         raise ConfigError(f"{file} was changed: its protocol is not the one that was sealed", "restore it from a copy")
     if check:
         check_seal(exp, read_experiment(path))

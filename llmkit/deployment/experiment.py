@@ -201,9 +201,10 @@ def write_experiment(exp: Experiment, path: str | Path) -> Path:
     return path
 
 # %% ../../nbs/deployment/05_experiment.ipynb #e057026c
-def seal(exp: Experiment) -> str:
-    "A hash of what an experiment says."
-    return hashlib.sha256(json.dumps(exp.to_dict(), sort_keys=True).encode()).hexdigest()
+def seal(exp: Experiment | dict[str, Any]) -> str:
+    "A hash of what an experiment says, or of a record's own words: a later llmkit may have one default more."
+    said = exp if isinstance(exp, dict) else exp.to_dict()
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def changes(a: Any, b: Any, at: str = "") -> list[str]:

@@ -114,7 +114,7 @@ def plan_line(exp: Experiment, metric: Metric, base: Baseline) -> dict[str, Any]
     line |= {"unit": metric.unit, "units needed": math.ceil(units), "days needed": units / exp.units_per_day}
     return line | {"units planned": exp.units, "power": float(seen.sum()), "days until seen": stop}
 
-# %% ../../nbs/deployment/05g_samplesize.ipynb #3a6a44b8
+# %% ../../nbs/deployment/05g_samplesize.ipynb #4aa5bc48
 def clean_line(exp: Experiment, metric: Metric, base: Baseline) -> dict[str, Any]:
     "What a guardrail needs of which nothing is bad today, if nothing gets bad: enough units that show so."
     from scipy.optimize import brentq
