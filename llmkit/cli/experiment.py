@@ -121,7 +121,7 @@ def start(file: File, url: Url = Where, admin_key: Key = "") -> None:
         shares = ", ".join(f"{r} {w:.0%}" for r, w in backend.traffic().items())
     typer.echo(f"started and sealed ({record.hash[:12]}): {shares}")
 
-
+# %% ../../nbs/cli/12_experiment.ipynb #e0eb9752
 def server_of(record: Any, url: str) -> str:
     "The server that an experiment was started at; `ConfigError` if another is named."
     from llmkit.cli.target import server_key

@@ -29,13 +29,13 @@ from ..monitoring.surprise import Surprise
 __all__ = ['Kind', 'GIVE', 'server_key', 'Setup', 'open_backend', 'find_profile', 'check_loaded', 'ready', 'open_signals',
            'NoSignals', 'open_controller']
 
-# %% ../../nbs/cli/11a_target.ipynb #495c6e2b
-Kind = Literal["router", "azure", "httproute", "knative", "kserve"]
-
-
+# %% ../../nbs/cli/11a_target.ipynb #fdfa32b4
 def server_key(url: str) -> str:
     "A server's address, written in one way only."
     return url.rstrip("/").removesuffix("/v1").replace("://localhost", "://127.0.0.1")
+
+# %% ../../nbs/cli/11a_target.ipynb #495c6e2b
+Kind = Literal["router", "azure", "httproute", "knative", "kserve"]
 
 
 @dataclass(kw_only=True)
