@@ -73,9 +73,9 @@ def consider(policy: Policy, begin: bool = True) -> tuple[str, Any]:
     try:
         new, old = load(policy, found)
         ready(Setup.from_dict(setup), plan, new, old, policy.strategy)
-    except LLMKitError as e:  # of the server, or of what the plan needs: it may be mended before the next look
+        return f"{name} is rolled out", begun(new, old, setup, plan, policy.strategy, "1h", False, why)
+    except LLMKitError as e:  # of the server, the plan, or who has the alias: it may be mended before the next look
         return f"{name} cannot be rolled out yet: {e}", None
-    return f"{name} is rolled out", begun(new, old, setup, plan, policy.strategy, "1h", False, why)
 
 # %% ../../nbs/cli/11b_candidates.ipynb #f5ffaed9
 def take_up(policy: Policy) -> list[Any]:

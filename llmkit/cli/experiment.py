@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
 __all__ = ['app', 'File', 'Log', 'Url', 'Key', 'AsJson', 'Where', 'write', 'rows_since', 'shown', 'plan', 'backend_of', 'start',
-           'stop', 'status', 'analyse']
+           'server_of', 'stop', 'status', 'analyse']
 
 # %% ../../nbs/cli/12_experiment.ipynb #2125a146
 @app.command()
@@ -107,21 +107,34 @@ Where = "http://127.0.0.1:8000"
 
 @app.command()
 def start(file: File, url: Url = Where, admin_key: Key = "") -> None:
-    "Seal the protocol and split the traffic; from here on the file may not change."
+    "Seal the protocol, claim the alias and split its traffic; from here on the file may not change."
+    from llmkit.cli.target import check_loaded, server_key
     from llmkit.deployment.conduct import start as begin
+    from llmkit.deployment.controller import rollouts_home
     from llmkit.deployment.experiment import read_experiment
 
-    admin, backend = backend_of(url, admin_key, read_experiment(file).alias)
+    exp = read_experiment(file)
+    admin, backend = backend_of(url, admin_key, exp.alias)
     with admin:
-        record = begin(file, backend)
+        check_loaded(admin, (exp.control.model, exp.treatment.model))
+        record = begin(file, backend, key=server_key(url), home=rollouts_home())
         shares = ", ".join(f"{r} {w:.0%}" for r, w in backend.traffic().items())
     typer.echo(f"started and sealed ({record.hash[:12]}): {shares}")
+
+# %% ../../nbs/cli/12_experiment.ipynb #e0eb9752
+def server_of(record: Any, url: str) -> str:
+    "The server that an experiment was started at; `ConfigError` if another is named."
+    from llmkit.cli.target import server_key
+
+    if url and record.key and server_key(url) != record.key:
+        raise ConfigError(f"the experiment was started at {record.key}, not at {url}", "leave --url out")
+    return url or record.key or Where
 
 
 @app.command()
 def stop(
     file: File,
-    url: Url = Where,
+    url: Url = "",
     admin_key: Key = "",
     to: Annotated[str, typer.Option(help="control or treatment; without it, what the verdict says.")] = "",
 ) -> None:
@@ -130,7 +143,7 @@ def stop(
     from llmkit.deployment.conduct import stop as end
 
     exp, record = open_record(file, check=False)
-    admin, backend = backend_of(url, admin_key, exp.alias)
+    admin, backend = backend_of(server_of(record, url), admin_key, exp.alias)
     with admin:
         end(exp, record, backend, to)
     typer.echo(f"stopped; all traffic of {exp.alias!r} is with {record.went_to}")
@@ -144,11 +157,11 @@ def status(file: File, url: Url = "", admin_key: Key = "", as_json: AsJson = Fal
     exp, record = open_record(file)
     wrong = ""
     if url:
-        admin, backend = backend_of(url, admin_key, exp.alias)
+        admin, backend = backend_of(server_of(record, url), admin_key, exp.alias)
         with admin:
             wrong = check_traffic(exp, record, backend)
     if record.state == "starting":
-        wrong = f"interrupted while it started; end it with: llmkit experiment stop {file}"
+        wrong = f"interrupted while it started; go on with: llmkit experiment start {file}; or end it: stop"
     days = ((record.stopped or time.time()) - record.started) / 86400
     if as_json:
         found = {"name": exp.name, "state": record.state, "days": days, "planned": exp.days, "wrong": wrong}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,13 @@ from ..deployment.state import RolloutState
 from ..monitoring.surprise import Surprise
 
 # %% auto #0
-__all__ = ['Kind', 'GIVE', 'Setup', 'open_backend', 'find_profile', 'ready', 'open_signals', 'NoSignals', 'open_controller']
+__all__ = ['Kind', 'GIVE', 'server_key', 'Setup', 'open_backend', 'find_profile', 'check_loaded', 'ready', 'open_signals',
+           'NoSignals', 'open_controller']
+
+# %% ../../nbs/cli/11a_target.ipynb #fdfa32b4
+def server_key(url: str) -> str:
+    "A server's address, written in one way only."
+    return url.rstrip("/").removesuffix("/v1").replace("://localhost", "://127.0.0.1")
 
 # %% ../../nbs/cli/11a_target.ipynb #495c6e2b
 Kind = Literal["router", "azure", "httproute", "knative", "kserve"]
@@ -68,7 +74,7 @@ class Setup(Config):
         "What the alias belongs to, for the claim on it."
         if self.backend != "router":
             return f"{self.backend}:{self.context}:{self.namespace}:{self.place}"
-        return self.place.rstrip("/").removesuffix("/v1").replace("://localhost", "://127.0.0.1")
+        return server_key(self.place)
 
 # %% ../../nbs/cli/11a_target.ipynb #738e09e2
 @contextmanager
@@ -117,6 +123,14 @@ def find_profile(setup: Setup, stable: str, backend: Any) -> Surprise:
         raise ConfigError(f"the profile in {folder} cannot be used: {e.message}", e.hint) from e
 
 # %% ../../nbs/cli/11a_target.ipynb #81be6fcb
+def check_loaded(admin: Any, wanted: Iterable[str]) -> None:
+    "`ConfigError` with what there is, if the server lacks one of the revisions that are wanted."
+    names = [str(r["name"]) for r in admin.revisions()]
+    if odd := [name for name in wanted if name not in names]:
+        hint = f"{nearest(odd[0], names)}; llmkit serve NAME=FOLDER ... or PUT /admin/revisions/NAME loads one"
+        raise ConfigError(f"the server has no revision {odd[0]!r}", hint)
+
+
 def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> None:
     "An error if a rollout of these two could not begin: nothing answers, or has such a revision, or holds evidence."
     if setup.log and not Path(setup.log).is_file():
@@ -128,10 +142,7 @@ def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> 
     with open_backend(setup) as backend:
         backend.traffic()
         if setup.backend == "router":
-            names = [str(r["name"]) for r in backend.admin.revisions()]
-            if odd := [name for name in (stable, canary) if name not in names]:
-                hint = f"{nearest(odd[0], names)}; llmkit serve NAME=FOLDER ... or PUT /admin/revisions/NAME loads one"
-                raise ConfigError(f"the server has no revision {odd[0]!r}", hint)
+            check_loaded(backend.admin, (stable, canary))
         if strategy == "shadow" and not isinstance(backend, Shadowing):
             raise ConfigError(f"the back end {setup.backend} cannot copy requests", "choose another strategy")
         if any(g.predicate.name == "surprise" for g in plan.gates):

@@ -25,7 +25,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "accuracy": {"kind": "rate", "source": "label:accuracy"},
     "satisfaction": {"kind": "rate", "source": "label:thumbs"},
     "completion": {"kind": "rate", "source": "label:completed"},
-    "errors": {"kind": "rate", "source": "errors", "better": "down"},
+    "errors": {"kind": "rate", "source": "errors", "better": "down", "floor": 0.001},
     "latency": {"kind": "mean", "source": "latency_s", "better": "down", "unit": "s"},
     "first_token": {"kind": "mean", "source": "ttft_s", "better": "down", "unit": "s"},
     "length": {"kind": "mean", "source": "completion_tokens", "better": "down", "unit": "tokens"},
@@ -49,13 +49,14 @@ class Metric(Config):
     mean: float | None = None  # what control's value is expected to be; planning needs it
     sd: Annotated[float, Gt(0)] | None = None  # of one unit's value; a rate's follows from its mean
     cap: float | None = None  # a unit's value above it counts as it: written down before, not when outliers are seen
+    floor: Annotated[float, Ge(0), Lt(1)] | None = None  # a guardrail below this rate is kept, whatever control has
     scale: Annotated[float, Gt(0)] = 1.0  # of the value, for people
     unit: str = ""
 
     def __post_init__(self) -> None:
         known = KNOWN.get(self.name, {})
         for name, value in (known or {"better": "up"}).items():
-            if getattr(self, name) in ("", 1.0):
+            if getattr(self, name) in ("", 1.0, None):
                 setattr(self, name, value)
         self.better = self.better or "up"
         super().__post_init__()
@@ -68,6 +69,8 @@ class Metric(Config):
             self.fail("over", "is what a ratio is divided by, and needed for a ratio alone")
         if self.kind == "rate" and self.mean is not None and not 0 < self.mean < 1:
             self.fail("mean", "must be between 0 and 1, since this is a rate")
+        if self.floor and (self.kind, self.better) != ("rate", "down"):
+            self.fail("floor", "is for a rate of which less is better")
 
     @property
     def sign(self) -> int:
@@ -198,9 +201,10 @@ def write_experiment(exp: Experiment, path: str | Path) -> Path:
     return path
 
 # %% ../../nbs/deployment/05_experiment.ipynb #e057026c
-def seal(exp: Experiment) -> str:
-    "A hash of what an experiment says."
-    return hashlib.sha256(json.dumps(exp.to_dict(), sort_keys=True).encode()).hexdigest()
+def seal(exp: Experiment | dict[str, Any]) -> str:
+    "A hash of what an experiment says, or of a record's own words: a later llmkit may have one default more."
+    said = exp if isinstance(exp, dict) else exp.to_dict()
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def changes(a: Any, b: Any, at: str = "") -> list[str]:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..core.errors import DataError, MissingError, RunError
+from ..core.run import read_json
 from .state import RolloutState
 
 # %% auto #0
 __all__ = ['Action', 'FILE', 'LOCKS', 'Entry', 'Order', 'connect', 'Journal', 'JournalError', 'Steps', 'Answers', 'Book', 'locks',
-           'still_runs', 'claim', 'release']
+           'record_file', 'still_runs', 'taken', 'claim', 'release']
 
 # %% ../../nbs/deployment/04b_journal.ipynb #432a2d08
 _SQL = """
@@ -200,10 +201,19 @@ def locks(home: str | Path) -> Iterator[sqlite3.Connection]:
         con.close()
 
 # %% ../../nbs/deployment/04b_journal.ipynb #807c11c8
+def record_file(protocol: str | Path) -> Path:
+    "The record that belongs to the protocol of an experiment, once that was started."
+    return Path(protocol).with_suffix(".started.json")
+
+
 def still_runs(folder: str) -> bool:
-    "Whether the rollout in `folder` is not done; one that cannot be read may be."
+    "Whether a rollout, or the experiment whose protocol this is, is not over; one that cannot be read may be."
     try:
+        if (record := record_file(folder)).is_file():
+            return read_json(record)["state"] != "stopped"
         book = Book(folder)
+    except (DataError, KeyError, TypeError):
+        return True
     except MissingError:  # about to begin, or killed before its first line
         return os.path.isdir(folder) and time.time() - os.path.getmtime(folder) < 60
     try:
@@ -213,25 +223,32 @@ def still_runs(folder: str) -> bool:
     finally:
         book.close()
 
+# %% ../../nbs/deployment/04b_journal.ipynb #300a1e25
+def taken(alias: str, folder: str, who: str, since: float) -> RunError:
+    "The error that says what has an alias, and how to end that."
+    experiment = ("an experiment", f"experiment stop {folder}")
+    what, end = experiment if record_file(folder).is_file() else ("a rollout", "rollout abort")
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(since))
+    text = f"{alias!r} has {what} under way: {Path(folder).name}, by {who}, since {at}"
+    return RunError(text, f"wait for it, or end it: llmkit {end}")
+
 # %% ../../nbs/deployment/04b_journal.ipynb #174b1043
 def claim(
     home: str | Path,  # where the rollouts are
     alias: str,  # with the back end it is an alias of
-    folder: str | Path,  # of the rollout that wants it
+    folder: str | Path,  # of the rollout that wants it; of an experiment the file of its protocol
     who: str,
 ) -> None:
-    "Claim `alias` for the rollout in `folder`; `RunError` says who has it. Claiming twice is as good as once."
+    "Claim `alias` for a rollout or an experiment; `RunError` says who has it. Claiming twice is as good as once."
     own = str(Path(folder).resolve())
     with locks(home) as con:
         row = con.execute("SELECT folder, who, since FROM claims WHERE alias = ?", [alias]).fetchone()
         if row and row[0] != own and still_runs(row[0]):
-            since = time.strftime("%Y-%m-%d %H:%M", time.localtime(row[2]))
-            what = f"{alias!r} has a rollout under way: {Path(row[0]).name}, by {row[1]}, since {since}"
-            raise RunError(what, "wait for it, or end it: llmkit rollout abort")
+            raise taken(alias, *row)
         con.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", [alias, own, who, time.time()])
 
 # %% ../../nbs/deployment/04b_journal.ipynb #4c55481e
 def release(home: str | Path, alias: str, folder: str | Path) -> None:
-    "Give a claim up; one that another rollout has meanwhile stays."
+    "Give a claim up; one that another has meanwhile stays."
     with locks(home) as con:
         con.execute("DELETE FROM claims WHERE alias = ? AND folder = ?", [alias, str(Path(folder).resolve())])

@@ -18,6 +18,7 @@ from ..core.config import nearest
 from ..core.errors import ConfigError, DataError
 from .assignment import arm_of, unit_of
 from .experiment import Experiment, Metric
+from .gates import failed
 
 # %% ../../nbs/deployment/05b_outcomes.ipynb #ac4ec16d
 Row = Mapping[str, Any]
@@ -26,13 +27,13 @@ Row = Mapping[str, Any]
 def value_of(source: str, row: Row) -> float:
     "What a row says about a source; nan if nothing."
     if source == "errors":
-        return float(row["status"] >= 500)
+        return float(failed(row))
     if source.startswith("label:"):
         found = row.get("labels", {}).get(source.removeprefix("label:"))
     elif source not in row:
         raise ConfigError(f"the request log has no column {source!r}", nearest(source, row))
     else:
-        found = row[source] if row["status"] < 400 else None
+        found = row[source] if row["status"] < 400 and not failed(row) else None
     if found is not None and (isinstance(found, str) or not math.isfinite(found)):
         raise DataError(f"{source} of request {row['id']!r} is {found!r}", "a metric needs numbers")
     return math.nan if found is None else float(found)

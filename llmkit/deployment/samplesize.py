@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Baseline', 'stated', 'measured', 'planned_times', 'radius_of', 'drift_at', 'chances', 'drift_needed', 'level',
-           'plan_line', 'plan', 'plan_words']
+           'plan_line', 'clean_line', 'plan', 'plan_words']
 
 # %% ../../nbs/deployment/05g_samplesize.ipynb #6e3f60ec
 import math
@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core.errors import DataError, MissingError
 from .anytime import anytime_radius
+from .evidence import FEW, stakes, steps, total
 from .experiment import Experiment, Metric
 from .outcomes import planned_looks, unit_value
 from .sequential import crossing, group_radius
@@ -48,6 +49,9 @@ def measured(metric: Metric, units: Mapping[str, Sequence[Mapping[str, Any]]]) -
         raise DataError(f"{len(y)} units have {metric.name!r} in the log", "20 at least; take more days")
     value = y.sum() / x.sum()
     sd = float((y - value * x).std(ddof=1) / x.mean())
+    if not sd and not (metric.floor and not value):
+        what = f"{metric.name!r} is {value:g} for each of {len(y)} units in the log"
+        raise DataError(what, "there is nothing to plan with; take more days, or leave it out")
     return Baseline(float(value), sd, len(y) / len(pairs))
 
 # %% ../../nbs/deployment/05g_samplesize.ipynb #50899ad6
@@ -110,13 +114,30 @@ def plan_line(exp: Experiment, metric: Metric, base: Baseline) -> dict[str, Any]
     line |= {"unit": metric.unit, "units needed": math.ceil(units), "days needed": units / exp.units_per_day}
     return line | {"units planned": exp.units, "power": float(seen.sum()), "days until seen": stop}
 
+# %% ../../nbs/deployment/05g_samplesize.ipynb #4aa5bc48
+def clean_line(exp: Experiment, metric: Metric, base: Baseline) -> dict[str, Any]:
+    "What a guardrail needs of which nothing is bad today, if nothing gets bad: enough units that show so."
+    from scipy.optimize import brentq
+
+    if metric in exp.metrics:
+        raise DataError(f"{metric.name!r} is {base.mean:g} today and cannot get better", "let it guard, not decide")
+    floor, asked = metric.floor or 0.0, math.log10(2 / exp.alpha)  # half of alpha, as the guardrail is read
+    money, gain = np.asarray(stakes(FEW)), steps(0, 1, floor, FEW)
+    most = 4 * math.log(2 * len(FEW) / exp.alpha) / floor
+    units = brentq(lambda n: float(total(money + n * gain)) - asked, 0, most) / exp.share / base.known
+    days = units / exp.units_per_day
+    line: dict[str, Any] = {"metric": metric.name, "role": "guards", "today": base.mean, "smallest effect": floor}
+    line |= {"unit": metric.unit, "units needed": math.ceil(units), "days needed": days}
+    return line | {"units planned": exp.units, "power": float(days <= exp.days), "days until seen": min(days, exp.days)}
+
 # %% ../../nbs/deployment/05g_samplesize.ipynb #4010fdaa
 def plan(
     exp: Experiment,
     past: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,  # rows of earlier days by unit
 ) -> list[dict[str, Any]]:
     "One line per metric: what it is today, the smallest effect that matters, units and days needed, power as planned."
-    return [plan_line(exp, m, measured(m, past) if past else stated(m)) for m in exp.everything]
+    found = {m.name: measured(m, past) if past else stated(m) for m in exp.everything}
+    return [(plan_line if found[m.name].sd else clean_line)(exp, m, found[m.name]) for m in exp.everything]
 
 
 def plan_words(exp: Experiment, lines: Sequence[Mapping[str, Any]]) -> str:
