@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'RequestRow', 'Label', 'schema_sql', 'add_columns', 'widen_labels', 'bring_up_to_date',
-           'set_up', 'FullDisk', 'refusal', 'open_log', 'next_number', 'whole_characters', 'write_batch']
+           'set_up', 'FullDisk', 'refusal', 'open_log', 'next_number', 'whole_characters', 'write_batch', 'joined']
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #e00d3c11
 import shutil
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import DataError
 
@@ -197,3 +198,13 @@ def _write(con: sqlite3.Connection, rows: list[tuple], labels: list[tuple]) -> i
         new = con.total_changes - before
         con.executemany(_LABEL, labels)
     return new
+
+# %% ../../nbs/monitoring/02a_logfile.ipynb #7d4d4b92
+def joined(rows: Iterable[dict[str, Any]], told: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    "Rows with their `labels` and `label_times`, out of what was `told`: request_id, name, value, text, time."
+    labels: dict[str, dict[str, Any]] = {}
+    times: dict[str, dict[str, float]] = {}
+    for request_id, name, value, text, at in told:
+        labels.setdefault(request_id, {})[name] = text if value is None else value
+        times.setdefault(request_id, {})[name] = at
+    return [r | {"labels": labels.get(r["id"], {}), "label_times": times.get(r["id"], {})} for r in rows]

@@ -23,6 +23,7 @@ from ..core.errors import DataError
 from ..core.run import Check
 from .drift import DriftDetector, DriftReport
 from .groups import slice_of
+from .performance import from_engine
 from .profile import PROFILE_SCHEMA, make_profile
 from .requestlog import RequestLog, RequestRow, read_requests
 from .slices import SlicedDetector
@@ -63,14 +64,14 @@ def prompt_windows(
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #98e6eb99
 def live_rows(rows: Sequence[Mapping[str, Any]], endpoint: str = "/v1/completions") -> list[Mapping[str, Any]]:
-    "The answered rows of one endpoint in order of arrival, the first of each prompt."
-    seen: set[str] = set()
-    found = []
-    for r in rows:
-        if r["status"] < 400 and r["endpoint"] == endpoint and r["completion_tokens"] and r["prompt"] not in seen:
-            seen.add(r["prompt"])
-            found.append(r)
-    return found
+    "Rows of one endpoint that an engine answered, the first of each prompt; `DataError` if the log keeps no texts."
+    found: dict[str, Mapping[str, Any]] = {}
+    for r in from_engine(rows):
+        if r["endpoint"] == endpoint and r["completion_tokens"]:
+            found.setdefault(r["prompt"], r)
+    if [*found] == [""]:
+        raise DataError("the log keeps no texts, so there is nothing to compare", "serve without --no-log-text")
+    return list(found.values())
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #14cdc070
 _GERMAN = [
