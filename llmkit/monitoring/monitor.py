@@ -218,8 +218,10 @@ def monitor_inputs(cfg: MonitorJob, folder: Path) -> tuple[dict[str, Any], list[
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #6d90ab27
 def kinds_of(profile: Mapping[str, Any]) -> list[str]:
-    "The kinds of text that a profile has a block of."
-    return [kind for kind in ("prompts", "predictions") if profile.get(kind)]
+    "The kinds of text that a profile has a block of; `DataError` if that is none."
+    if kinds := [kind for kind in ("prompts", "predictions") if profile.get(kind)]:
+        return kinds
+    raise DataError("the model's profile has no block of prompts or predictions", "run register_model on the model")
 
 
 def watch(
