@@ -51,7 +51,9 @@ def digits(value: Any) -> str:
 def put(tables: Tables, as_json: bool = False) -> None:
     "Print tables: title, then one line per row; an empty one is left out."
     if as_json:
-        print(json.dumps(tables, default=str))
+        from llmkit.monitoring.livedrift import plain
+
+        print(json.dumps(plain(tables), default=str))  # JSON has no nan: null
         return
     from rich.console import Console
     from rich.table import Table
@@ -120,7 +122,7 @@ def look_at_log(
 ) -> Tables:
     "The tables of a log."
     from llmkit.monitoring.alerts import default_rules, read_rules
-    from llmkit.monitoring.overview import cost_table, quality_table, slice_table, window_table
+    from llmkit.monitoring.overview import cost_table, quality_table, reconciled_table, slice_table, window_table
     from llmkit.monitoring.performance import performance_table, summarize
     from llmkit.monitoring.replay import answerable, replay
 
@@ -130,6 +132,7 @@ def look_at_log(
     tables |= {
         f"By {by}": slice_table(rows, by),
         "Quality": quality_table(rows),
+        "Accuracy, as estimated before labels came, and as they said": reconciled_table(rows),
         "Cost": cost_table(rows, hour, tokens),
     }
     tables |= {"Alerts that would have fired": replay(rows, judged)}
@@ -182,7 +185,7 @@ def look(
     rules: Rules = "",
     hour: Annotated[float, typer.Option("--hour", "--price-hour", help="Dollars of a busy hour of the machine.")] = 0.0,
     tokens: Annotated[float, typer.Option("--tokens", "--price-tokens", help="Or of 1,000 tokens.")] = 0.0,
-    by: Annotated[str, typer.Option(help="Slices: revision, alias, endpoint, user, metadata.NAME, ...")] = "revision",
+    by: Annotated[str, typer.Option(help="Slices: revision, alias, user, source, metadata.NAME, ...")] = "revision",
     revision: Revision = "",
     as_json: Json = False,
 ) -> None:

@@ -167,6 +167,10 @@ def expand_row(blocks: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) 
             found |= {f"{name}.{k}": v for k, v in describe_text(value).items()}
             found[f"{name}.embedding"] = embed(value)
         elif block["type"] == "embedding" and not is_missing(value):
-            numbers_of = along(np.atleast_2d(np.asarray(value, float)), unpack(block["center"]))
+            vector = np.atleast_2d(np.asarray(value, float))
+            if vector.shape != (1, block["dims"]):
+                hint = "compare what the same model embeds, or make the profile again"
+                raise DataError(f"{name!r} has {vector.size} numbers, {block['dims']} in the reference", hint)
+            numbers_of = along(vector, unpack(block["center"]))
             found |= {f"{name}.{k}": float(v[0]) for k, v in numbers_of.items()}
     return found

@@ -48,7 +48,8 @@ def slice_of(row: Mapping[str, Any], by: Slicer) -> str:
 def row_measures(rows: Sequence[Mapping[str, Any]], grader: Grader = grade) -> list[Measure]:
     "Error rate, latency, accuracy and satisfaction; those of which the rows say something."
     fine = [r["status"] < 400 for r in rows]
-    took = [r["latency_s"] if ok else math.nan for r, ok in zip(rows, fine, strict=True)]
+    timed = [ok and r.get("source", "") != "cache" for r, ok in zip(rows, fine, strict=True)]
+    took = [r["latency_s"] if ok else math.nan for r, ok in zip(rows, timed, strict=True)]
     grades = [g if ok and (g := grader(r)) is not None else math.nan for r, ok in zip(rows, fine, strict=True)]
     thumbs = [(r.get("labels") or {}).get("thumbs", math.nan) for r in rows]
     whole = all(g in (0.0, 1.0) or math.isnan(g) for g in grades)

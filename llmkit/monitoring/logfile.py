@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'COLUMNS', 'RequestRow', 'Label', 'schema_sql', 'add_columns', 'widen_labels', 'bring_up_to_date',
-           'set_up', 'FullDisk', 'refusal', 'open_log', 'whole_characters', 'write_batch']
+           'set_up', 'FullDisk', 'refusal', 'open_log', 'next_number', 'whole_characters', 'write_batch', 'joined']
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #e00d3c11
 import shutil
 import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import DataError
 
@@ -160,11 +162,17 @@ def open_log(path: str | Path) -> sqlite3.Connection:
     return con
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #bf492462
-_INTO, _ROW = f"requests ({', '.join(COLUMNS)})", f"({', '.join('?' * len(COLUMNS))})"
+_INTO, _ROW = f"requests (rowid, {', '.join(COLUMNS)})", f"(?, {', '.join('?' * len(COLUMNS))})"
 _MANY = 500  # rows in a statement
 _values = attrgetter(*COLUMNS)  # `dataclasses.astuple` copies every value: ten times the work
 _label = attrgetter(*(f.name for f in fields(Label)))
 _LABEL = "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?)"
+
+# %% ../../nbs/monitoring/02a_logfile.ipynb #ba7717ba
+def next_number(con: sqlite3.Connection) -> int:
+    "The number of the next row: higher than that of any row before, also of those that are gone."
+    (last,) = con.execute("SELECT coalesce(max(rowid), 0) FROM requests").fetchone()
+    return max(int(last) + 1, time.time_ns() // 1000)
 
 # %% ../../nbs/monitoring/02a_logfile.ipynb #04428776
 def whole_characters(row: tuple) -> tuple:
@@ -184,9 +192,21 @@ def write_batch(con: sqlite3.Connection, items: Sequence[RequestRow | Label]) ->
 
 def _write(con: sqlite3.Connection, rows: list[tuple], labels: list[tuple]) -> int:
     with con:
+        con.execute("BEGIN IMMEDIATE")  # what is the next number is nobody else's question now
+        numbered = [(number, *row) for number, row in enumerate(rows, next_number(con))]
         before = con.total_changes
-        for part in (rows[i : i + _MANY] for i in range(0, len(rows), _MANY)):
+        for part in (numbered[i : i + _MANY] for i in range(0, len(rows), _MANY)):
             con.execute(f"INSERT OR IGNORE INTO {_INTO} VALUES {', '.join([_ROW] * len(part))}", list(chain(*part)))
         new = con.total_changes - before
         con.executemany(_LABEL, labels)
     return new
+
+# %% ../../nbs/monitoring/02a_logfile.ipynb #7d4d4b92
+def joined(rows: Iterable[dict[str, Any]], told: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    "Rows with their `labels` and `label_times`, out of what was `told`: request_id, name, value, text, time."
+    labels: dict[str, dict[str, Any]] = {}
+    times: dict[str, dict[str, float]] = {}
+    for request_id, name, value, text, at in told:
+        labels.setdefault(request_id, {})[name] = text if value is None else value
+        times.setdefault(request_id, {})[name] = at
+    return [r | {"labels": labels.get(r["id"], {}), "label_times": times.get(r["id"], {})} for r in rows]

@@ -23,6 +23,7 @@ from ..core.errors import DataError
 from ..core.run import Check
 from .drift import DriftDetector, DriftReport
 from .groups import slice_of
+from .performance import from_engine
 from .profile import PROFILE_SCHEMA, make_profile
 from .requestlog import RequestLog, RequestRow, read_requests
 from .slices import SlicedDetector
@@ -63,14 +64,14 @@ def prompt_windows(
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #98e6eb99
 def live_rows(rows: Sequence[Mapping[str, Any]], endpoint: str = "/v1/completions") -> list[Mapping[str, Any]]:
-    "The answered rows of one endpoint in order of arrival, the first of each prompt."
-    seen: set[str] = set()
-    found = []
-    for r in rows:
-        if r["status"] < 400 and r["endpoint"] == endpoint and r["completion_tokens"] and r["prompt"] not in seen:
-            seen.add(r["prompt"])
-            found.append(r)
-    return found
+    "Rows of one endpoint that an engine answered, the first of each prompt; `DataError` if the log keeps no texts."
+    found: dict[str, Mapping[str, Any]] = {}
+    for r in from_engine(rows):
+        if r["endpoint"] == endpoint and r["completion_tokens"]:
+            found.setdefault(r["prompt"], r)
+    if [*found] == [""]:
+        raise DataError("the log keeps no texts, so there is nothing to compare", "serve without --no-log-text")
+    return list(found.values())
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #14cdc070
 _GERMAN = [
@@ -217,8 +218,10 @@ def monitor_inputs(cfg: MonitorJob, folder: Path) -> tuple[dict[str, Any], list[
 
 # %% ../../nbs/monitoring/05a_monitor.ipynb #6d90ab27
 def kinds_of(profile: Mapping[str, Any]) -> list[str]:
-    "The kinds of text that a profile has a block of."
-    return [kind for kind in ("prompts", "predictions") if profile.get(kind)]
+    "The kinds of text that a profile has a block of; `DataError` if that is none."
+    if kinds := [kind for kind in ("prompts", "predictions") if profile.get(kind)]:
+        return kinds
+    raise DataError("the model's profile has no block of prompts or predictions", "run register_model on the model")
 
 
 def watch(

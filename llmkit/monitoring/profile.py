@@ -178,7 +178,8 @@ def check_profile(
     "`block` in this schema; `DataError` says what is wrong with it, or that it belongs to another model."
     schema = block.get("schema") if isinstance(block, Mapping) else None
     if schema not in (PROFILE_SCHEMA, OLD_SCHEMA):
-        raise DataError(f"a profile of schema {schema!r} cannot be read", f"make it again as {PROFILE_SCHEMA}")
+        hint = f"run register_model on its model, which makes it again as {PROFILE_SCHEMA}"
+        raise DataError(f"a profile of schema {schema!r} cannot be read", hint)
     needed = ("kind", "rows", "pairs", "features") if schema == OLD_SCHEMA else ("kind", "rows", "columns")
     if missing := [k for k in needed if k not in block]:
         raise DataError(f"the profile lacks {', '.join(missing)}", "give one block: card.profile['prompts']")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESERVED', 'Grader', 'bins_of', 'reliability', 'checked', 'Calibration', 'calibration', 'plot_reliability', 'grade',
-           'confidence', 'Quality', 'answered', 'task_metrics', 'quality', 'quality_windows']
+           'told_at', 'confidence', 'Quality', 'answered', 'task_metrics', 'quality', 'quality_windows']
 
 # %% ../../nbs/monitoring/05b_quality.ipynb #f048c250
 import math
@@ -126,6 +126,13 @@ def grade(row: Mapping[str, Any]) -> float | None:
     if not isinstance(right := labels.get("label"), str) or (not row["completion"] and row["completion_tokens"]):
         return None  # no label, or the text was left out of the log
     return float(" ".join(row["completion"].split()).casefold() == " ".join(right.split()).casefold())
+
+# %% ../../nbs/monitoring/05b_quality.ipynb #484e83d9
+def told_at(row: Mapping[str, Any]) -> float:
+    "When it was told whether an answer is right, or else anything of it; -inf if nobody knows when."
+    times = row.get("label_times") or {}
+    graded = [at for name, at in times.items() if name in ("correct", "label")]
+    return max(graded or times.values(), default=-math.inf)
 
 # %% ../../nbs/monitoring/05b_quality.ipynb #3003c965
 def confidence(row: Mapping[str, Any]) -> float | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..core.config import nearest
 from ..core.errors import ConfigError, DataError, MissingError
-from .logfile import COLUMNS, FullDisk, Label, RequestRow, open_log, write_batch
+from .logfile import COLUMNS, FullDisk, Label, RequestRow, joined, open_log, write_batch
 from .retention import Keep, make_room
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #7c59bdf1
@@ -250,10 +250,8 @@ def _select(con: sqlite3.Connection, tests: list[tuple[str, tuple]], limit: int 
     where, args = " AND ".join(t for t, _ in tests), [a for _, given in tests for a in given]
     found = f"FROM {_source(con)} WHERE {where} ORDER BY time DESC, id DESC LIMIT {-1 if limit is None else int(limit)}"
     rows = [dict(r) for r in con.execute(f"SELECT {', '.join(COLUMNS)} {found}", args)][::-1]
-    labels: dict[str, dict[str, Any]] = {}
-    for r in map(dict, con.execute(f"SELECT * FROM labels WHERE request_id IN (SELECT id {found})", args)):
-        labels.setdefault(r["request_id"], {})[r["name"]] = r.get("text") if r["value"] is None else r["value"]
-    return [row | {"labels": labels.get(row["id"], {})} for row in rows]
+    said = map(dict, con.execute(f"SELECT * FROM labels WHERE request_id IN (SELECT id {found})", args))
+    return joined(rows, ((r["request_id"], r["name"], r["value"], r.get("text"), r["time"]) for r in said))
 
 # %% ../../nbs/monitoring/02_requestlog.ipynb #912d53b3
 def read_requests(
@@ -268,7 +266,7 @@ def read_requests(
     limit: int | None = None,  # the latest so many
     after: int = 0,  # only rows written after this one: see `last_row`
 ) -> list[dict[str, Any]]:
-    "The rows of a log, oldest first, each a dict of `RequestRow`'s fields and `labels`: {name: number or text}."
+    "The rows of a log, oldest first: `RequestRow`'s fields, `labels` {name: value}, `label_times` {name: when told}."
     tests: list[tuple[str, tuple]] = [("time >= ? AND time < ?", (since, until)), ("row_number > ?", (after,))]
     named = {n: v for n, v in (("revision", revision), ("alias", alias)) if v is not None}
     tests += _tests(named | dict(where or {}))

@@ -20,7 +20,7 @@ from annotated_types import Ge, Gt
 
 from ..core.config import Config
 from ..core.errors import DataError, require
-from .logfile import Label, RequestRow, open_log, write_batch
+from .logfile import Label, RequestRow, joined, open_log, write_batch
 
 # %% ../../nbs/monitoring/02b_retention.ipynb #5bea7011
 @dataclass(kw_only=True)
@@ -73,16 +73,19 @@ def delete_orphans(con: sqlite3.Connection, keep: Keep, now: float) -> None:
             con.execute(f"DELETE FROM labels WHERE (request_id, name) IN ({_ORPHANS})", (now - age, 100 * keep.step))
 
 # %% ../../nbs/monitoring/02b_retention.ipynb #02735260
+_JOINED = ("labels", "label_times")
+
+
 def write_parquet(rows: Iterable[Mapping[str, Any]], path: str | Path) -> int:
     "Write rows (as `read_requests` gives them) to a Parquet file; their number."
     pa, parquet = require("pyarrow", "monitor"), require("pyarrow.parquet", "monitor")
-    path, found = Path(path), [dict(r) | {"labels": json.dumps(r.get("labels", {}))} for r in rows]
+    path, found = Path(path), [dict(r) | {n: json.dumps(r.get(n, {})) for n in _JOINED} for r in rows]
     kinds: dict[Any, Any] = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     kinds |= {float | None: pa.float64(), int | None: pa.int64()}
     named = [(f.name, kinds[f.type]) for f in fields(RequestRow)]  # type: ignore[index]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    parquet.write_table(pa.Table.from_pylist(found, pa.schema([*named, ("labels", pa.string())])), part)
+    parquet.write_table(pa.Table.from_pylist(found, pa.schema(named + [(n, pa.string()) for n in _JOINED])), part)
     os.replace(part, path)
     return len(found)
 
@@ -95,26 +98,22 @@ def read_parquet(path: str | Path) -> list[dict[str, Any]]:
         rows = [r for f in files for r in parquet.read_table(f).to_pylist()]
     except (OSError, ValueError) as e:  # pyarrow's own errors are ValueErrors
         raise DataError(f"{path} cannot be read as Parquet: {e}", "name a file that `write_parquet` made") from e
-    return [r | {"labels": json.loads(r["labels"])} for r in rows]
+    return [r | {n: json.loads(r.get(n) or "{}") for n in _JOINED} for r in rows]  # an older file lacks the times
 
 # %% ../../nbs/monitoring/02b_retention.ipynb #af5a3797
 def rows_of(con: sqlite3.Connection, ids: list[str]) -> list[dict[str, Any]]:
     "Rows by their ids, as `read_requests` gives them."
     marks, names = ", ".join("?" * len(ids)), [f.name for f in fields(RequestRow)]
-    said = f"SELECT request_id, name, value, text FROM labels WHERE request_id IN ({marks})"
-    labels: dict[str, dict[str, Any]] = {}
-    for id, name, value, text in con.execute(said, ids):
-        labels.setdefault(id, {})[name] = text if value is None else value
+    told = con.execute(f"SELECT request_id, name, value, text, time FROM labels WHERE request_id IN ({marks})", ids)
     found = con.execute(f"SELECT {', '.join(names)} FROM requests WHERE id IN ({marks}) ORDER BY rowid", ids)
-    rows = [dict(zip(names, r, strict=True)) for r in found]
-    return [r | {"labels": labels.get(r["id"], {})} for r in rows]
+    return joined([dict(zip(names, r, strict=True)) for r in found], told)
 
 # %% ../../nbs/monitoring/02b_retention.ipynb #99fabff4
 def archive(con: sqlite3.Connection, folder: str | Path, ids: list[str]) -> Path:
     "Write rows that have to go to a Parquet file in `folder`; its path."
     marks = ", ".join("?" * len(ids))
     first, last = con.execute(f"SELECT min(rowid), max(rowid) FROM requests WHERE id IN ({marks})", ids).fetchone()
-    own = blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()  # numbers of rows begin anew in an empty log
+    own = blake2b("\n".join(ids).encode(), digest_size=4).hexdigest()  # other logs may use this folder, too
     path = Path(folder) / f"requests-{first:012d}-{last:012d}-{own}.parquet"
     write_parquet(rows_of(con, ids), path)
     return path

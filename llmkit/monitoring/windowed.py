@@ -62,7 +62,7 @@ def _divergences(p: np.ndarray, q: np.ndarray, n: int, m: int) -> list[Measure]:
 # %% ../../nbs/monitoring/04a_windowed.ipynb #ba1d7936
 def present(values: Sequence[Any] | np.ndarray, what: str) -> Any:
     "The values that are not missing; `DataError` if there are none."
-    if isinstance(values, np.ndarray):
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
         found: Any = values[np.isfinite(values)]
     else:
         found = [v for v in values if not is_missing(v)]
@@ -151,7 +151,10 @@ def compare_window(block: Mapping[str, Any], rows: Sequence[Row]) -> list[dict[s
     if not rows:
         raise DataError("a window of zero rows cannot be compared", "widen the window, or send some traffic")
     encoder = Encoder(block)
-    return compare_columns(encoder.columns, encoder.encode(rows))
+    if lines := compare_columns(encoder.columns, encoder.encode(rows)):
+        return lines
+    hint = f"are they rows of {encoder.kind}? watched are {', '.join(c.name for c in encoder.columns[:5])}"
+    raise DataError(f"none of {len(rows)} rows has a value in a watched column", hint)
 
 # %% ../../nbs/monitoring/04a_windowed.ipynb #1b80abfd
 def holm(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
