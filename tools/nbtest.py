@@ -6,24 +6,32 @@
 Like nbdev_test, which it honours (`#| eval: false`, the flags of settings.ini, `skip_exec`, `.notest`): each notebook
 is executed from top to bottom in a process of its own, in its own folder, with the code of its exported cells. But
 nbdev_test compiles that code under a name of the cell, so a coverage tool never sees llmkit/x.py run. Here an exported
-cell is compiled under the name of its module, at the lines where the export put it.
+cell is compiled under the name of its module, at the lines where the export put it. And the processes are copies of
+one that has imported the large libraries, which otherwise takes longer than most notebooks.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import atexit
+import gc
+import importlib
 import os
 import re
-import subprocess
+import signal
 import sys
+import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Other people's, large, used by many notebooks, and without threads, settings or an accelerator until they are called.
+PRELOADED = ("execnb.shell", "nbdev.process", "numpy", "pandas", "torch", "transformers.models.llama.modeling_llama")
+STATUS: list[int] = []  # in a copy of this process: how the notebook ended
 MARKER = re.compile(r"^# %% .*\.ipynb #(\w+)$")
 
 
@@ -122,15 +130,67 @@ def execute(path: Path) -> int:
     return 0
 
 
-def test(path: Path, timeout: float) -> tuple[bool, float, str]:
-    """Execute one notebook in a process of its own: whether it passed, seconds, what it printed."""
-    start = time.monotonic()
-    try:
-        command = [sys.executable, __file__, "--one", str(path)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return False, time.monotonic() - start, f"{path}: not done after {timeout:g} s"
-    return done.returncode == 0, time.monotonic() - start, done.stdout + done.stderr
+def end() -> None:
+    """End a copy of this process here: Python would take all libraries apart, for longer than most notebooks run."""
+    if STATUS:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STATUS[0])
+
+
+def preload() -> None:
+    """Import what most notebooks import, so that each gets it with its copy of this process."""
+    atexit.register(end)  # the first that is registered is called last, after what libraries and notebooks register
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # or the first collection in each copy would copy every page, too
+
+
+@dataclass
+class Running:
+    """A notebook that a copy of this process executes."""
+
+    path: Path
+    pid: int
+    output: IO[str]
+    started: float
+
+    def printed(self) -> str:
+        """What it printed."""
+        with self.output:
+            self.output.seek(0)
+            return self.output.read()
+
+
+def begin(path: Path) -> Running:
+    """Execute one notebook in a copy of this process, which ends as any process does."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed when it is read)
+    started = time.monotonic()
+    if pid := os.fork():
+        return Running(path, pid, output, started)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, standard in ((nothing, 0), (output.fileno(), 1), (output.fileno(), 2)):
+        os.dup2(source, standard)
+    STATUS.append(execute(path))
+    sys.exit(STATUS[0])
+
+
+def await_end(running: dict[int, Running], timeout: float) -> tuple[Running, bool, float, str]:
+    """Wait until one of `running` ends, and take it out: it, whether it passed, its CPU seconds, what it printed."""
+    while True:
+        pid, status, used = os.wait4(-1, os.WNOHANG)
+        if pid in running:
+            one = running.pop(pid)
+            return one, status == 0, used.ru_utime + used.ru_stime, one.printed()
+        for pid, one in running.items():
+            if time.monotonic() - one.started > timeout:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                running.pop(pid)
+                return one, False, 0.0, f"{one.printed()}{one.path}: not done after {timeout:g} s"
+        time.sleep(0.02)
 
 
 def notebooks(parts: list[str]) -> list[Path]:
@@ -148,23 +208,25 @@ def main() -> int:
     )
     parser.add_argument("-j", "--jobs", type=int, default=2, help="notebooks at a time (2)")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one notebook (300)")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        return execute(args.one.resolve())
     start, paths, failed = time.monotonic(), notebooks(args.parts), []
     if not paths:
         sys.exit(f"no notebook matches {' '.join(args.parts)}")
     # Two at a time share the cores; numeric libraries that each take all of them only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for path, (passed, seconds, output) in zip(
-            paths, pool.map(lambda p: test(p, args.timeout), paths), strict=True
-        ):
-            print(f"{'ok    ' if passed else 'FAILED'} {seconds:6.1f} s  {path.relative_to(ROOT)}", flush=True)
-            if not passed:
-                failed.append(path)
-                print(f"\n{output}\n", flush=True)
+    preload()
+    waiting, running = paths[::-1], dict[int, Running]()
+    while waiting or running:
+        if waiting and len(running) < args.jobs:
+            one = begin(waiting.pop())
+            running[one.pid] = one
+            continue
+        one, passed, used, output = await_end(running, args.timeout)
+        seconds, name = time.monotonic() - one.started, one.path.relative_to(ROOT)
+        print(f"{'ok    ' if passed else 'FAILED'} {seconds:6.1f} s ({used:5.1f} s CPU)  {name}", flush=True)
+        if not passed:
+            failed.append(one.path)
+            print(f"\n{output}\n", flush=True)
     print(f"{len(paths) - len(failed)} notebooks passed, {len(failed)} failed in {time.monotonic() - start:.0f} s")
     for path in failed:
         print(f"  {path.relative_to(ROOT)}")

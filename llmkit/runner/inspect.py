@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,8 @@ from ..core.config import Config, allowed, fit, nearest
 from ..core.errors import ConfigError, RunError
 
 # %% auto #0
-__all__ = ['Parameter', 'find_job', 'parameter_cell', 'parameters', 'config_class', 'parse', 'field_types', 'check', 'describe']
+__all__ = ['Parameter', 'find_job', 'parameter_cell', 'load_papermill', 'parameters', 'config_class', 'parse', 'field_types',
+           'check', 'describe']
 
 # %% ../../nbs/runner/01_inspect.ipynb #96cd0af8
 @dataclass(frozen=True)
@@ -62,14 +64,24 @@ def parameter_cell(path: str | Path) -> str:
         )
     return "".join(tagged["parameters"]["source"])
 
+# %% ../../nbs/runner/01_inspect.ipynb #7defcb5b
+def load_papermill() -> Any:
+    "The module papermill, imported without the grammar of addresses."
+    grammar: dict[str, Any] = {} if "rfc3987_syntax" in sys.modules else {"rfc3987_syntax": None}
+    sys.modules.update(grammar)  # None: not there
+    try:
+        import papermill
+    finally:
+        for name in grammar:
+            del sys.modules[name]
+    return papermill
+
 # %% ../../nbs/runner/01_inspect.ipynb #a9eb18f7
 def parameters(path: str | Path) -> dict[str, Parameter]:
     "The parameters of a job notebook by name; a line that papermill could not replace is a `ConfigError`."
-    from papermill import inspect_notebook
-
     cell = parameter_cell(path)
     try:
-        found = inspect_notebook(str(path))
+        found = load_papermill().inspect_notebook(str(path))
     except ValueError as e:  # papermill's: the notebook names no kernel
         raise RunError(f"{path} names no kernel", "open it in JupyterLab and save it with the kernel python3") from e
     for node in ast.parse(cell).body:

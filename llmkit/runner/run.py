@@ -21,7 +21,7 @@ from ..core import errors
 from ..core.errors import DataError, LLMKitError, RunError
 from ..core.run import Run, locked, read_json, write_json
 from .facts import write_facts
-from .inspect import check, find_job
+from .inspect import check, find_job, load_papermill
 
 # %% auto #0
 __all__ = ['BRIEF', 'GRACE', 'kill_group', 'end_leftover', 'kernel_manager', 'listens', 'asked', 'interruptible', 'job_error',
@@ -166,8 +166,7 @@ def heard(log: TextIO) -> dict[str, Any]:
 # %% ../../nbs/runner/02_run.ipynb #bc8d76ae
 def execute(notebook: Path, executed: Path, params: dict[str, Any], env: dict[str, str]) -> None:
     "Execute `notebook` into `executed`; a failing cell is an `LLMKitError`, and no process is left behind."
-    import papermill
-
+    papermill = load_papermill()
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what it would log is raised below
     record = executed.parent / ".kernel.json"
     pids: list[int] = []
