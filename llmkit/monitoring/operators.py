@@ -52,7 +52,7 @@ class ModelProfile:
     @property
     def title(self) -> str:
         "What was profiled, in a line."
-        return f"{self.phase}, {self.variant}, batch of {self.batch}, {self.steps} steps"
+        return f"{self.phase}, {self.variant}, batch of {self.batch}, the {self.steps} quieter steps"
 
     def svg(self) -> str:
         "The flame graph."
