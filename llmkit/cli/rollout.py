@@ -189,7 +189,8 @@ def status(id: Id = "", as_json: Json = False) -> None:
     read = str(Target.from_dict(state.confirmed)) if state.confirmed else "not read yet"
     asked = "" if state.settled else f"; {state.goal()} is asked for, and not read back yet"
     facts = {"rollout": book.folder.name, "alias": state.alias, "canary": state.canary, "stable": state.stable}
-    facts |= {"state": str(state), "so far": time_of(state), "traffic": read + asked, "requests": f"{state.requests:,}"}
+    seen = f"{state.requests:,}, of which a gate counts one a session"
+    facts |= {"state": str(state), "so far": time_of(state), "traffic": read + asked, "requests": seen}
     facts |= {"why": state.reason} if state.phase != "done" else {}
     facts |= {"trouble": told(entries[-1])} if entries[-1].kind == "failed" else {}
     facts |= {"begun": f"{when(entries[0].time)} by {entries[0].who}"}
