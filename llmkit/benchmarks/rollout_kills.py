@@ -80,13 +80,13 @@ class Crown:
 
 
 class Impatient(LogSignals):
-    "Signals from the log; at its third look somebody aborts, if that is what is tried."
+    "Signals from the log; at a stage's third look somebody aborts, or in the second stage, if that is what is tried."
 
     aborts = False
 
     def look(self, state: RolloutState, book: Book) -> Look:
         "A look."
-        if self.aborts and state.looks == 2:
+        if self.aborts and (state.looks == 2 or state.stage > 0):  # a busy machine has few looks, with much in each
             book.order("abort", "ada", "enough")
         return super().look(state, book)
 
