@@ -149,9 +149,7 @@ class Work:
 
 # %% ../../nbs/monitoring/01d_plane.ipynb #5e1b35c3
 SLICE = 8  # items that are handled at a time
-GATHER_S = (
-    0.1  # seconds that items gather before they are handled: one large meal disturbs the neighbours less than many
-)
+GATHER_S = 0.1  # seconds that items gather first: one large meal disturbs the neighbours less than many small ones
 
 
 class Door:
