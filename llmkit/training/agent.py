@@ -12,12 +12,12 @@ import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .worker import die_with_parent
 
 # %% auto #0
-__all__ = ['STOPPED', 'why', 'oom_kills', 'make_agent', 'note_failures', 'logs', 'worker_spec', 'work', 'main']
+__all__ = ['STOPPED', 'why', 'oom_kills', 'make_agent', 'note_failures', 'logs', 'worker_spec', 'work', 'leave', 'main']
 
 # %% ../../nbs/training/02h_agent.ipynb #cfffa0b5
 STOPPED = 75  # exit code of a process that was asked to stop and wrote a checkpoint
@@ -128,13 +128,20 @@ def work(spec: dict[str, Any], path: Path) -> int:
         return 0
     return STOPPED if any(f.exitcode == STOPPED for f in result.failures.values()) else 1
 
+# %% ../../nbs/training/02h_agent.ipynb #cd0009fc
+def leave(code: int) -> NoReturn:
+    "End this process at once, whatever its threads are at."
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
 # %% ../../nbs/training/02h_agent.ipynb #cd7044d1
 def main() -> None:
     "`python -m llmkit.training.agent SPEC`."
     die_with_parent()
     path = Path(sys.argv[1])
     spec = json.loads(path.read_text(encoding="utf-8"))
-    sys.exit(work(spec, path))
+    leave(work(spec, path))
 
 # %% ../../nbs/training/02h_agent.ipynb #40c20ca2
 #| eval: false
