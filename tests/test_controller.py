@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from azure_plane.model import mock_model
 
 from llmkit.benchmarks.rollout_kills import HOLDS, kill_figures, rollout_kills
 from llmkit.benchmarks.world import World, world
+from llmkit.cli.target import Setup, open_backend, ready
 from llmkit.core.card import ModelCard
 from llmkit.core.registry import get_version, register, set_alias
 from llmkit.deployment.backend import RouterBackend
@@ -204,28 +206,30 @@ def use(url: str, over: threading.Event) -> None:
         drive(url, ["def f(x):"] * 40, max_tokens=2)
 
 
-def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path) -> None:
-    """It forgets the split and is out of reach for longer than six tries take; the rollout waits, and puts it back."""
+def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of reach for longer than six tries take, it forgets the canary and the split: both are brought back."""
     mock_model(tmp_path / "model")
-    models, log = {"old": tmp_path / "model", "new": tmp_path / "model"}, tmp_path / "requests.db"
+    models, log = {"old": tmp_path / "model"}, tmp_path / "requests.db"
+    monkeypatch.setenv("LLMKIT_ADMIN_KEY", "an-admins-key")
     plan = Plan.from_dict({"stages": [{"weight": 0.3, "max_requests": 10_000}], "gates": ["errors"]})
-    state = RolloutState(alias="llmkit", canary="new", stable="old", plan=plan.to_dict())
-    book, admin_key = begin_rollout(state, tmp_path / "rollouts"), "an-admins-key"
-    with ServerProcess(models, engine="mock", log=log, admin_key=admin_key) as server:
+    with ServerProcess(models, engine="mock", log=log, admin_key="an-admins-key") as server, ExitStack() as stack:
         port = int(server.base.rsplit(":", 1)[1])
-        admin = AdminClient(server.base, admin_key)
-        controller = Controller(book, RouterBackend(admin), LogSignals(log, every=0.0), backoff=0.0)
+        admin = stack.enter_context(AdminClient(server.base, "an-admins-key"))
+        admin.load("new", tmp_path / "model")
+        setup = ready(Setup(place=server.base, log=str(log)), plan, "new", "old", "canary")
+        state = RolloutState(alias="llmkit", canary="new", stable="old", plan=plan.to_dict(), setup=setup.to_dict())
+        backend = stack.enter_context(open_backend(Setup.from_dict(state.setup)))
+        book = begin_rollout(state, tmp_path / "rollouts")
+        controller = Controller(book, backend, LogSignals(log, every=0.0), backoff=0.0)
         while controller.step().looks < 2:
             pass
-    for _ in range(20):
-        assert not controller.step().paused
-    with ServerProcess(models, engine="mock", log=log, admin_key=admin_key, port=port):
-        assert admin.routes()["llmkit"] == {"old": 1.0}
-        while (now := controller.step()).looks < 4:
-            assert not now.paused
-        assert admin.routes()["llmkit"] == {"old": 0.7, "new": 0.3}
-    admin.close()
-    assert [e.kind for e in book.entries() if e.kind in ("restarted", "recovered", "pause")] == [
-        "restarted",
-        "recovered",
-    ]
+        server.stop()
+        for _ in range(20):
+            assert not controller.step().paused
+        with ServerProcess(models, engine="mock", log=log, admin_key="an-admins-key", port=port):
+            assert admin.routes()["llmkit"] == {"old": 1.0}
+            while (now := controller.step()).looks < 4:
+                assert not now.paused, now.paused
+            assert admin.routes()["llmkit"] == {"old": 0.7, "new": 0.3}
+    told = [e.kind for e in book.entries() if e.kind in ("restarted", "recovered", "pause")]
+    assert told == ["restarted", "recovered"]

@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         "The routes, and the revisions that there are."
-        known = [{"name": name} for name in ("old", "new")]
+        known = [{"name": name, "model": name, "variant": "auto"} for name in ("old", "new")]
         body = json.dumps({"routes": self.server.router.routes, "shadows": {}, "revisions": known}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))

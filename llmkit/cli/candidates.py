@@ -72,7 +72,7 @@ def consider(policy: Policy, begin: bool = True) -> tuple[str, Any]:
     why = f"{policy.candidate} is version {found.version.version}"
     try:
         new, old = load(policy, found)
-        ready(Setup.from_dict(setup), plan, new, old, policy.strategy)
+        setup = ready(Setup.from_dict(setup), plan, new, old, policy.strategy).to_dict()
         return f"{name} is rolled out", begun(new, old, setup, plan, policy.strategy, "1h", False, why)
     except LLMKitError as e:  # of the server, the plan, or who has the alias: it may be mended before the next look
         return f"{name} cannot be rolled out yet: {e}", None

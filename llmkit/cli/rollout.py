@@ -126,7 +126,7 @@ def start(
     setup = {"backend": backend, "place": server, "alias": alias, "log": log, "data": data, "every": every}
     setup |= more_of(more)
     chosen = read_plan(file, strategy == "shadow")
-    prepared(canary, stable, setup, chosen, strategy)
+    setup = prepared(canary, stable, setup, chosen, strategy)
     ended(drive(begun(canary, stable, setup, chosen, strategy, standby, wait, why), metrics_port))
 
 # %% ../../nbs/cli/11_rollout.ipynb #fbbc1cc5
@@ -138,8 +138,8 @@ def more_of(pairs: list[str]) -> dict[str, Any]:
     return {n: int(v) if n in ("version", "before") and v.isdigit() else v for n, v in values}
 
 
-def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str) -> None:
-    "Look at all that the rollout needs before it is begun; its paths hold in any folder from here on."
+def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strategy: str) -> dict[str, Any]:
+    "The setup, once all that the rollout needs is there; its paths hold in any folder from here on."
     from typing import get_args
 
     from llmkit.cli.target import Setup, ready
@@ -153,7 +153,7 @@ def prepared(canary: str, stable: str, setup: dict[str, Any], chosen: Any, strat
         raise ConfigError(f"there is no strategy {strategy!r}", nearest(strategy, get_args(Strategy)))
     if canary == stable:
         raise ConfigError(f"{canary!r} is to replace itself", "name two revisions")
-    ready(about, chosen, canary, stable, strategy)
+    return ready(about, chosen, canary, stable, strategy).to_dict()
 
 # %% ../../nbs/cli/11_rollout.ipynb #2f8ac61a
 def begun(

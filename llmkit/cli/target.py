@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class Setup(Config):
     data: str = ""  # prepared data: evidence from held-out text that is sent, in place of a log
     url: str = ""  # where that text is sent; the router's and Azure's own address without it
     every: str = ""  # time between two looks at the log; empty: what the plan says
+    models: dict[str, list[str]] = field(default_factory=dict)  # a server's revisions: model folder and variant
     profile: str = ""  # the stable revision's model folder, for a gate on drift; empty: the router says where it is
     model: str = ""  # registered name whose champion moves on promotion; empty: none
     tracking: str = ""  # its registry
@@ -92,7 +93,7 @@ def open_backend(setup: Setup) -> Iterator[Any]:
         if not (key := os.environ.get("LLMKIT_ADMIN_KEY", "")):
             raise ConfigError("the server's admin key is not known", "set LLMKIT_ADMIN_KEY to what `serve` has")
         with AdminClient(setup.place, key, 15.0) as admin:  # a server that hangs must not keep an abort waiting
-            yield RouterBackend(admin, setup.alias)
+            yield RouterBackend(admin, setup.alias, setup.models)
     else:
         from llmkit.deployment import objects
         from llmkit.deployment.kubernetes import Cluster, find_access
@@ -123,16 +124,17 @@ def find_profile(setup: Setup, stable: str, backend: Any) -> Surprise:
         raise ConfigError(f"the profile in {folder} cannot be used: {e.message}", e.hint) from e
 
 # %% ../../nbs/cli/11a_target.ipynb #81be6fcb
-def check_loaded(admin: Any, wanted: Iterable[str]) -> None:
-    "`ConfigError` with what there is, if the server lacks one of the revisions that are wanted."
-    names = [str(r["name"]) for r in admin.revisions()]
-    if odd := [name for name in wanted if name not in names]:
-        hint = f"{nearest(odd[0], names)}; llmkit serve NAME=FOLDER ... or PUT /admin/revisions/NAME loads one"
+def check_loaded(admin: Any, wanted: Collection[str]) -> dict[str, list[str]]:
+    "Model folder and variant of the revisions that are wanted; `ConfigError` with what there is, if one is not."
+    known = {str(r["name"]): [str(r["model"]), str(r["variant"])] for r in admin.revisions()}
+    if odd := [name for name in wanted if name not in known]:
+        hint = f"{nearest(odd[0], known)}; llmkit serve NAME=FOLDER ... or PUT /admin/revisions/NAME loads one"
         raise ConfigError(f"the server has no revision {odd[0]!r}", hint)
+    return {name: known[name] for name in wanted}
 
 
-def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> None:
-    "An error if a rollout of these two could not begin: nothing answers, or has such a revision, or holds evidence."
+def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> Setup:
+    "The setup, and where the server has its models from; an error if a rollout of these two could not begin."
     if setup.log and not Path(setup.log).is_file():
         raise MissingError(f"there is no request log {setup.log}", "give the file that `llmkit serve --log` writes")
     if setup.data:
@@ -142,11 +144,12 @@ def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> 
     with open_backend(setup) as backend:
         backend.traffic()
         if setup.backend == "router":
-            check_loaded(backend.admin, (stable, canary))
+            setup = replace(setup, models=check_loaded(backend.admin, (stable, canary)))
         if strategy == "shadow" and not isinstance(backend, Shadowing):
             raise ConfigError(f"the back end {setup.backend} cannot copy requests", "choose another strategy")
         if any(g.predicate.name == "surprise" for g in plan.gates):
             find_profile(setup, stable, backend)
+    return setup
 
 # %% ../../nbs/cli/11a_target.ipynb #20c612b2
 def open_signals(setup: Setup, plan: Plan, backend: Any, stack: ExitStack, stable: str) -> Signals:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -174,12 +174,34 @@ class Admin(Protocol):
         "Replace the salt of one alias; empty takes it away."
         ...
 
+    def revisions(self) -> list[dict[str, Any]]:
+        "The revisions that the server knows, with `name`."
+        ...
+
+    def load(self, revision: str, folder: str, variant: str) -> Any:
+        "Load a model folder of the server's machine under the name `revision`."
+        ...
+
 # %% ../../nbs/deployment/04_backend.ipynb #286f9262
 class RouterBackend:
     "The server's own route table as a `Backend`."
 
-    def __init__(self, admin: Admin, alias: str = "llmkit") -> None:
-        self.admin, self.alias = admin, alias
+    def __init__(
+        self,
+        admin: Admin,
+        alias: str = "llmkit",
+        models: Mapping[str, Sequence[str]] | None = None,  # revision -> model folder and variant, to load again
+    ) -> None:
+        self.admin, self.alias, self.models = admin, alias, models or {}
+
+    def load(self, wanted: Iterable[str]) -> None:
+        "Have the server load those of the `wanted` revisions that it has forgotten."
+        if not (known := {name: self.models[name] for name in wanted if name in self.models}):
+            return
+        there = {str(r["name"]) for r in self.admin.revisions()}
+        for name, (folder, variant) in known.items():
+            if name not in there:
+                self.admin.load(name, folder, variant)
 
     def traffic(self) -> dict[str, float]:
         "The weights of the alias that are above 0."
@@ -194,6 +216,7 @@ class RouterBackend:
 
     def set_traffic(self, weights: Mapping[str, float]) -> None:
         "Replace the weights of the alias."
+        self.load(r for r, w in weights.items() if w)
         self.admin.set_routes(self.alias, weights)
 
     def shadow(self) -> tuple[str, float] | None:
@@ -203,6 +226,7 @@ class RouterBackend:
 
     def set_shadow(self, revision: str | None, share: float = 1.0) -> None:
         "Begin or end the copies; the route stays as it is."
+        self.load([revision] if revision else [])
         self.admin.shadow(self.alias, revision, share)
 
     def salt(self) -> str:
