@@ -195,10 +195,13 @@ class WarmSet(Asking):
             self.going.discard(model)
 
     async def fill(self) -> None:
-        "Load those that fit beside the ones that are there, in the order in which they were learned."
+        "Load those that fit beside the ones that are there, as they were learned; one that fails keeps nobody waiting."
         for model in list(self.known.values()):
             if model.revision is None and self.fits(model) is not None:
-                await self.get(model.name)
+                try:
+                    await self.get(model.name)
+                except Exception as e:  # noqa: BLE001 - noted with the model; the others serve already
+                    logging.getLogger(__name__).error("%s is known and not loaded: %s", model.name, e)
 
     async def close(self) -> None:
         "Start nothing more."
