@@ -233,3 +233,33 @@ def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path, monkeypatch: p
             assert admin.routes()["llmkit"] == {"old": 0.7, "new": 0.3}
     told = [e.kind for e in book.entries() if e.kind in ("restarted", "recovered", "pause")]
     assert told == ["restarted", "recovered"]
+
+
+def test_an_experiment_goes_on_after_a_restart(tmp_path: Path) -> None:
+    """The server comes back without the treatment, the split and the salt; one command brings all three back."""
+    mock_model(tmp_path / "model")
+    env = os.environ | {"LLMKIT_ADMIN_KEY": "an-admins-key", "LLMKIT_ROLLOUTS": str(tmp_path / "rollouts")}
+
+    def experiment(*words: str) -> str:
+        line = [sys.executable, "-m", "llmkit.cli", "experiment", *words]
+        done = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+    assert "14 days" in experiment("write", "ab.yml", "--control", "old", "--treatment", "new", "--metric", "latency")
+    with ServerProcess({"old": tmp_path / "model"}, engine="mock", admin_key="an-admins-key") as server:
+        port, where = int(server.base.rsplit(":", 1)[1]), ("ab.yml", "--url", server.base)
+        with AdminClient(server.base, "an-admins-key") as admin:
+            admin.load("new", tmp_path / "model")
+            assert "started and sealed" in experiment("start", *where)
+            split, salts = admin.routes(), admin.salts()
+    assert split["llmkit"] == {"old": 0.5, "new": 0.5} and salts["llmkit"]
+    with (
+        ServerProcess({"old": tmp_path / "model"}, engine="mock", admin_key="an-admins-key", port=port) as server,
+        AdminClient(server.base, "an-admins-key") as admin,
+    ):
+        assert admin.routes()["llmkit"] == {"old": 1.0}
+        assert "moved by a restart of the server (llmkit experiment resume ab.yml)" in experiment("status", *where)
+        assert "split again; " in experiment("resume", "ab.yml")
+        assert (admin.routes(), admin.salts()) == (split, salts)
+        assert "as it must be" in experiment("resume", "ab.yml")
+        assert "was started already" in experiment("start", *where)

@@ -25,7 +25,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 # %% auto #0
 __all__ = ['app', 'File', 'Log', 'Url', 'Key', 'AsJson', 'Where', 'write', 'rows_since', 'shown', 'plan', 'backend_of', 'start',
-           'server_of', 'stop', 'status', 'analyse']
+           'server_of', 'resume', 'stop', 'status', 'analyse']
 
 # %% ../../nbs/cli/12_experiment.ipynb #2125a146
 @app.command()
@@ -91,7 +91,7 @@ def plan(file: File, log: Log = "", as_json: AsJson = False) -> None:
     typer.echo(plan_words(exp, lines))
 
 # %% ../../nbs/cli/12_experiment.ipynb #a32dafce
-def backend_of(url: str, key: str, alias: str) -> tuple[Any, Any]:
+def backend_of(url: str, key: str, alias: str, models: Any = None) -> tuple[Any, Any]:
     "The administrator's client of a server, and the alias' traffic as a back end."
     from llmkit.deployment.backend import RouterBackend
     from llmkit.serving.client import AdminClient
@@ -99,7 +99,7 @@ def backend_of(url: str, key: str, alias: str) -> tuple[Any, Any]:
     if not key:
         raise ConfigError("the administrator's key is missing", "set LLMKIT_ADMIN_KEY, as the server was started with")
     admin = AdminClient(url, key)
-    return admin, RouterBackend(admin, alias)
+    return admin, RouterBackend(admin, alias, models)
 
 # %% ../../nbs/cli/12_experiment.ipynb #de98ad5d
 Where = "http://127.0.0.1:8000"
@@ -116,8 +116,8 @@ def start(file: File, url: Url = Where, admin_key: Key = "") -> None:
     exp = read_experiment(file)
     admin, backend = backend_of(url, admin_key, exp.alias)
     with admin:
-        check_loaded(admin, (exp.control.model, exp.treatment.model))
-        record = begin(file, backend, key=server_key(url), home=rollouts_home())
+        models = check_loaded(admin, (exp.control.model, exp.treatment.model))
+        record = begin(file, backend, key=server_key(url), home=rollouts_home(), models=models)
         shares = ", ".join(f"{r} {w:.0%}" for r, w in backend.traffic().items())
     typer.echo(f"started and sealed ({record.hash[:12]}): {shares}")
 
@@ -132,6 +132,22 @@ def server_of(record: Any, url: str) -> str:
 
 
 @app.command()
+def resume(file: File, url: Url = "", admin_key: Key = "") -> None:
+    "Put back the split that a restarted server has lost; what it answered meanwhile is left out."
+    from llmkit.deployment.conduct import open_record
+    from llmkit.deployment.conduct import resume as go_on
+
+    exp, record = open_record(file)
+    admin, backend = backend_of(server_of(record, url), admin_key, exp.alias, record.models)
+    with admin:
+        before, record = record.gaps, go_on(file, backend)
+    if record.gaps == before:
+        typer.echo(f"the traffic of {exp.alias!r} is as it must be")
+    else:
+        typer.echo(f"split again; {(record.gaps[-1][1] - record.gaps[-1][0]) / 60:.1f} minutes are left out")
+
+
+@app.command()
 def stop(
     file: File,
     url: Url = "",
@@ -143,7 +159,7 @@ def stop(
     from llmkit.deployment.conduct import stop as end
 
     exp, record = open_record(file, check=False)
-    admin, backend = backend_of(server_of(record, url), admin_key, exp.alias)
+    admin, backend = backend_of(server_of(record, url), admin_key, exp.alias, record.models)
     with admin:
         end(exp, record, backend, to)
     typer.echo(f"stopped; all traffic of {exp.alias!r} is with {record.went_to}")
@@ -157,7 +173,7 @@ def status(file: File, url: Url = "", admin_key: Key = "", as_json: AsJson = Fal
     exp, record = open_record(file)
     wrong = ""
     if url:
-        admin, backend = backend_of(server_of(record, url), admin_key, exp.alias)
+        admin, backend = backend_of(server_of(record, url), admin_key, exp.alias, record.models)
         with admin:
             wrong = check_traffic(exp, record, backend)
     if record.state == "starting":

@@ -83,7 +83,7 @@ def paragraph(exp: Experiment, report: Report) -> str:
     return " ".join([*words, NEXT[report.verdict].format(t=exp.treatment.model, c=exp.control.model)])
 
 
-LEFT_OUT = ("saw both arms", "without a unit", "by another model", "twice in the log")
+LEFT_OUT = ("saw both arms", "without a unit", "by another model", "twice in the log", "while the split was lost")
 
 # %% ../../nbs/deployment/05j_wording.ipynb #d165cf77
 def table(exp: Experiment, report: Report) -> list[dict[str, Any]]:
