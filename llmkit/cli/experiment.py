@@ -130,7 +130,7 @@ def server_of(record: Any, url: str) -> str:
         raise ConfigError(f"the experiment was started at {record.key}, not at {url}", "leave --url out")
     return url or record.key or Where
 
-
+# %% ../../nbs/cli/12_experiment.ipynb #f3dc3849
 @app.command()
 def resume(file: File, url: Url = "", admin_key: Key = "") -> None:
     "Put back the split that a restarted server has lost; what it answered meanwhile is left out."
@@ -146,7 +146,7 @@ def resume(file: File, url: Url = "", admin_key: Key = "") -> None:
     else:
         typer.echo(f"split again; {(record.gaps[-1][1] - record.gaps[-1][0]) / 60:.1f} minutes are left out")
 
-
+# %% ../../nbs/cli/12_experiment.ipynb #f1ffc1f9
 @app.command()
 def stop(
     file: File,

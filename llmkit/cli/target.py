@@ -37,7 +37,7 @@ def server_key(url: str) -> str:
 # %% ../../nbs/cli/11a_target.ipynb #495c6e2b
 Kind = Literal["router", "azure", "httproute", "knative", "kserve"]
 
-
+# %% ../../nbs/cli/11a_target.ipynb #a2911e66
 @dataclass(kw_only=True)
 class Setup(Config):
     "Where the traffic, the evidence and the champion are."
@@ -132,7 +132,7 @@ def check_loaded(admin: Any, wanted: Collection[str]) -> dict[str, list[str]]:
         raise ConfigError(f"the server has no revision {odd[0]!r}", hint)
     return {name: known[name] for name in wanted}
 
-
+# %% ../../nbs/cli/11a_target.ipynb #e68c7f8f
 def ready(setup: Setup, plan: Plan, canary: str, stable: str, strategy: str) -> Setup:
     "The setup, and where the server has its models from; an error if a rollout of these two could not begin."
     if setup.log and not Path(setup.log).is_file():

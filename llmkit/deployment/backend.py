@@ -15,7 +15,7 @@ from ..core.errors import ConfigError, ServiceError
 
 # %% auto #0
 __all__ = ['Backend', 'Shadowing', 'Salting', 'Choosy', 'Mortal', 'began', 'Moved', 'Target', 'equal_traffic', 'read_target',
-           'is_there', 'ask', 'Admin', 'RouterBackend', 'deal', 'settle', 'move_traffic']
+           'is_there', 'ask', 'Admin', 'load_again', 'RouteWeights', 'RouterBackend', 'deal', 'settle', 'move_traffic']
 
 # %% ../../nbs/deployment/04_backend.ipynb #b1225ddb
 class Backend(Protocol):
@@ -183,8 +183,18 @@ class Admin(Protocol):
         ...
 
 # %% ../../nbs/deployment/04_backend.ipynb #286f9262
-class RouterBackend:
-    "The server's own route table as a `Backend`."
+def load_again(admin: Admin, models: Mapping[str, Sequence[str]], wanted: Iterable[str]) -> None:
+    "Have a server load those of the `wanted` revisions that it has forgotten and `models` knows."
+    if not (known := {name: models[name] for name in wanted if name in models}):
+        return
+    there = {str(r["name"]) for r in admin.revisions()}
+    for name, (folder, variant) in known.items():
+        if name not in there:
+            admin.load(name, folder, variant)
+
+# %% ../../nbs/deployment/04_backend.ipynb #26be3edf
+class RouteWeights:
+    "The weights of one alias in a server's route table."
 
     def __init__(
         self,
@@ -193,15 +203,6 @@ class RouterBackend:
         models: Mapping[str, Sequence[str]] | None = None,  # revision -> model folder and variant, to load again
     ) -> None:
         self.admin, self.alias, self.models = admin, alias, models or {}
-
-    def load(self, wanted: Iterable[str]) -> None:
-        "Have the server load those of the `wanted` revisions that it has forgotten."
-        if not (known := {name: self.models[name] for name in wanted if name in self.models}):
-            return
-        there = {str(r["name"]) for r in self.admin.revisions()}
-        for name, (folder, variant) in known.items():
-            if name not in there:
-                self.admin.load(name, folder, variant)
 
     def traffic(self) -> dict[str, float]:
         "The weights of the alias that are above 0."
@@ -216,8 +217,12 @@ class RouterBackend:
 
     def set_traffic(self, weights: Mapping[str, float]) -> None:
         "Replace the weights of the alias."
-        self.load(r for r, w in weights.items() if w)
+        load_again(self.admin, self.models, (r for r, w in weights.items() if w))
         self.admin.set_routes(self.alias, weights)
+
+# %% ../../nbs/deployment/04_backend.ipynb #154e228a
+class RouterBackend(RouteWeights):
+    "The server's own route table as a `Backend`, with shadow and salt."
 
     def shadow(self) -> tuple[str, float] | None:
         "The revision that gets copies, and its share."
@@ -226,7 +231,7 @@ class RouterBackend:
 
     def set_shadow(self, revision: str | None, share: float = 1.0) -> None:
         "Begin or end the copies; the route stays as it is."
-        self.load([revision] if revision else [])
+        load_again(self.admin, self.models, [revision] if revision else [])
         self.admin.shadow(self.alias, revision, share)
 
     def salt(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
@@ -132,6 +133,7 @@ class Start(Loading):
             raise
         except Exception as e:  # noted, so that it is not tried again at once, and raised for those who wait
             model.failed = time.monotonic(), e
+            logging.getLogger(__name__).error("%s is not loaded: %s", model.name, e)
             self.metrics.own["cold_start_failures"].labels(model.name).inc()
             raise
         finally:
@@ -198,10 +200,8 @@ class WarmSet(Asking):
         "Load those that fit beside the ones that are there, as they were learned; one that fails keeps nobody waiting."
         for model in list(self.known.values()):
             if model.revision is None and self.fits(model) is not None:
-                try:
+                with suppress(Exception):  # `start` has noted it, and the others serve already
                     await self.get(model.name)
-                except Exception as e:  # noqa: BLE001 - noted with the model; the others serve already
-                    logging.getLogger(__name__).error("%s is known and not loaded: %s", model.name, e)
 
     async def close(self) -> None:
         "Start nothing more."
