@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from .revisions import Revision
 from .room import Model, NoRoom, Room, no_room
 
 # %% auto #0
-__all__ = ['TURN_S', 'TICK_S', 'Usage', 'Eviction', 'make_room', 'Loading', 'Start', 'Asking', 'WarmSet', 'wait_for', 'told']
+__all__ = ['TURN_S', 'TICK_S', 'Usage', 'Eviction', 'make_room', 'Loading', 'Start', 'Asking', 'tried', 'WarmSet', 'wait_for',
+           'told']
 
 # %% ../../nbs/serving/03e_warm.ipynb #740ebebf
 TURN_S = 5.0  # that a busy model may go on while another waits for its room
@@ -133,7 +133,6 @@ class Start(Loading):
             raise
         except Exception as e:  # noted, so that it is not tried again at once, and raised for those who wait
             model.failed = time.monotonic(), e
-            logging.getLogger(__name__).error("%s is not loaded: %s", model.name, e)
             self.metrics.own["cold_start_failures"].labels(model.name).inc()
             raise
         finally:
@@ -169,6 +168,14 @@ class Asking(Start):
             return model.revision
         return await wait_for(self, model, seconds)
 
+# %% ../../nbs/serving/03e_warm.ipynb #bbdc2a11
+async def tried(warm: Asking, name: str) -> None:
+    "Load a model beside those that serve: if it cannot be, the log says so and nothing else happens."
+    try:
+        await warm.get(name)
+    except Exception as e:  # noqa: BLE001 - whatever it is, the others go on
+        logging.getLogger(__name__).error("%s is known and not loaded: %s", name, e)
+
 # %% ../../nbs/serving/03e_warm.ipynb #4241ad91
 class WarmSet(Asking):
     "The models of a server, as many of them loaded as there is room for."
@@ -200,8 +207,7 @@ class WarmSet(Asking):
         "Load those that fit beside the ones that are there, as they were learned; one that fails keeps nobody waiting."
         for model in list(self.known.values()):
             if model.revision is None and self.fits(model) is not None:
-                with suppress(Exception):  # `start` has noted it, and the others serve already
-                    await self.get(model.name)
+                await tried(self, model.name)
 
     async def close(self) -> None:
         "Start nothing more."
