@@ -33,6 +33,8 @@ from llmkit.monitoring.requestlog import read_requests
 from llmkit.serving.client import AdminClient
 from llmkit.serving.process import ServerProcess
 
+KEY = "an-admins-key"
+
 
 def test_kills(tmp_path: Path) -> None:
     """Each scenario with three kills at chosen points and one rollout with some at random moments."""
@@ -210,11 +212,11 @@ def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path, monkeypatch: p
     """Out of reach for longer than six tries take, it forgets the canary and the split: both are brought back."""
     mock_model(tmp_path / "model")
     models, log = {"old": tmp_path / "model"}, tmp_path / "requests.db"
-    monkeypatch.setenv("LLMKIT_ADMIN_KEY", "an-admins-key")
+    monkeypatch.setenv("LLMKIT_ADMIN_KEY", KEY)
     plan = Plan.from_dict({"stages": [{"weight": 0.3, "max_requests": 10_000}], "gates": ["errors"]})
-    with ServerProcess(models, engine="mock", log=log, admin_key="an-admins-key") as server, ExitStack() as stack:
+    with ServerProcess(models, engine="mock", log=log, admin_key=KEY) as server, ExitStack() as stack:
         port = int(server.base.rsplit(":", 1)[1])
-        admin = stack.enter_context(AdminClient(server.base, "an-admins-key"))
+        admin = stack.enter_context(AdminClient(server.base, KEY))
         admin.load("new", tmp_path / "model")
         setup = ready(Setup(place=server.base, log=str(log)), plan, "new", "old", "canary")
         state = RolloutState(alias="llmkit", canary="new", stable="old", plan=plan.to_dict(), setup=setup.to_dict())
@@ -226,7 +228,7 @@ def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path, monkeypatch: p
         server.stop()
         for _ in range(20):
             assert not controller.step().paused
-        with ServerProcess(models, engine="mock", log=log, admin_key="an-admins-key", port=port):
+        with ServerProcess(models, engine="mock", log=log, admin_key=KEY, port=port):
             assert admin.routes()["llmkit"] == {"old": 1.0}
             while (now := controller.step()).looks < 4:
                 assert not now.paused, now.paused
@@ -238,7 +240,7 @@ def test_a_server_that_is_restarted_needs_no_hand(tmp_path: Path, monkeypatch: p
 def test_an_experiment_goes_on_after_a_restart(tmp_path: Path) -> None:
     """The server comes back without the treatment, the split and the salt; one command brings all three back."""
     mock_model(tmp_path / "model")
-    env = os.environ | {"LLMKIT_ADMIN_KEY": "an-admins-key", "LLMKIT_ROLLOUTS": str(tmp_path / "rollouts")}
+    env = os.environ | {"LLMKIT_ADMIN_KEY": KEY, "LLMKIT_ROLLOUTS": str(tmp_path / "rollouts")}
 
     def experiment(*words: str) -> str:
         line = [sys.executable, "-m", "llmkit.cli", "experiment", *words]
@@ -246,20 +248,20 @@ def test_an_experiment_goes_on_after_a_restart(tmp_path: Path) -> None:
         return done.stdout + done.stderr
 
     assert "14 days" in experiment("write", "ab.yml", "--control", "old", "--treatment", "new", "--metric", "latency")
-    with ServerProcess({"old": tmp_path / "model"}, engine="mock", admin_key="an-admins-key") as server:
+    with ServerProcess({"old": tmp_path / "model"}, engine="mock", admin_key=KEY) as server:
         port, where = int(server.base.rsplit(":", 1)[1]), ("ab.yml", "--url", server.base)
-        with AdminClient(server.base, "an-admins-key") as admin:
+        with AdminClient(server.base, KEY) as admin:
             admin.load("new", tmp_path / "model")
             assert "started and sealed" in experiment("start", *where)
             split, salts = admin.routes(), admin.salts()
     assert split["llmkit"] == {"old": 0.5, "new": 0.5} and salts["llmkit"]
     with (
-        ServerProcess({"old": tmp_path / "model"}, engine="mock", admin_key="an-admins-key", port=port) as server,
-        AdminClient(server.base, "an-admins-key") as admin,
+        ServerProcess({"old": tmp_path / "model"}, engine="mock", admin_key=KEY, port=port) as server,
+        AdminClient(server.base, KEY) as admin,
     ):
         assert admin.routes()["llmkit"] == {"old": 1.0}
         assert "moved by a restart of the server (llmkit experiment resume ab.yml)" in experiment("status", *where)
-        assert "split again; " in experiment("resume", "ab.yml")
+        assert "split again, " in experiment("resume", "ab.yml")
         assert (admin.routes(), admin.salts()) == (split, salts)
         assert "as it must be" in experiment("resume", "ab.yml")
         assert "was started already" in experiment("start", *where)

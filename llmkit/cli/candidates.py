@@ -27,14 +27,14 @@ def setup_of(policy: Policy, found: Proposal) -> dict[str, Any]:
 # %% ../../nbs/cli/11b_candidates.ipynb #bfba5c12
 def load(policy: Policy, found: Proposal) -> tuple[str, str]:
     "Load the candidate into the server, if it is not there; the revisions of the candidate and of the champion."
+    from llmkit.deployment.backend import load_again
     from llmkit.serving.client import AdminClient
 
     new, old = (ModelCard.load(v.folder).revision for v in (found.version, found.before))
     if not (key := os.environ.get("LLMKIT_ADMIN_KEY", "")):
         raise ConfigError("the server's admin key is not known", "set LLMKIT_ADMIN_KEY to what `serve` has")
     with AdminClient(policy.server, key) as admin:
-        if new not in {r["name"] for r in admin.revisions()}:
-            admin.load(new, found.version.folder, policy.variant)
+        load_again(admin, {new: (str(found.version.folder), policy.variant)}, [new])
     return new, old
 
 # %% ../../nbs/cli/11b_candidates.ipynb #d15d88c2

@@ -144,7 +144,8 @@ def resume(file: File, url: Url = "", admin_key: Key = "") -> None:
     if record.gaps == before:
         typer.echo(f"the traffic of {exp.alias!r} is as it must be")
     else:
-        typer.echo(f"split again; {(record.gaps[-1][1] - record.gaps[-1][0]) / 60:.1f} minutes are left out")
+        after = (record.gaps[-1][1] - record.gaps[-1][0]) / 60
+        typer.echo(f"split again, {after:.1f} minutes after the server began; what it answered without is left out")
 
 # %% ../../nbs/cli/12_experiment.ipynb #f1ffc1f9
 @app.command()
